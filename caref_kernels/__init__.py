@@ -1,0 +1,10 @@
+"""Fused kernels for the CAREF loss: cross-entropy, SCED and KL to uniform in one pass over the logits."""
+
+from .backends import explain
+from .config import CarefConfig
+from .functional import CarefOutput, caref_loss, fused_sced
+from .modules import CarefLoss, SCEDLoss
+
+__version__ = "0.1.0"
+
+__all__ = ["CarefConfig", "CarefLoss", "CarefOutput", "SCEDLoss", "__version__", "caref_loss", "explain", "fused_sced"]

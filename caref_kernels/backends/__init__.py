@@ -1,0 +1,126 @@
+"""Which implementation computes the rows: the contract, the order of preference and the reasons against each.
+
+An explicit choice runs or raises with its reason.  ``"auto"`` takes the first backend in ``ORDER`` that can run; when
+that is the reference although a fused backend was to be expected, it says so once, because the reference is slow.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import RowSpec
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The one environment variable of the package, read once: it replaces "auto" and is then as binding as the argument.
+ENVIRONMENT_VARIABLE = "CAREF_KERNELS_BACKEND"
+_default_choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
+
+
+class Backend(Protocol):
+    """Logits are (N, V) or (B, T, V) with N = B * T rows, last stride 1 and any row strides.
+
+    ``targets`` (N,) contiguous: int32/int64 labels, a bool mask of the rows that count, or ``None`` (all count).
+    A label equal to ``spec.ignore_index`` or a mask of False leaves the row out: terms, statistics and gradient are 0,
+    whatever its logits hold.  Any other label outside [0, V) raises IndexError on the CPU and elsewhere makes the row
+    NaN; no address is ever formed from it.  A row without a softmax (NaN, +inf, or nothing but -inf) is NaN alone.
+    """
+
+    name: str
+
+    def unsupported(self, logits: Tensor) -> str | None:
+        """The reason why this backend cannot take ``logits``, or ``None``."""
+
+    def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+        """Terms (N, 3) and statistics (N, 5), float32 (float64 for float64 logits)."""
+
+    def backward(
+        self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
+    ) -> None:
+        """Write the gradient of the logits into ``out`` (their shape and dtype; may be the logits themselves).
+
+        ``grad_terms`` (N, 3), any strides, is applied in the accumulation dtype before the one rounding.
+        """
+
+
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+ORDER = tuple(_BACKENDS)
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: there is none of that name; the message lists them.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}; got {name!r}")
+    return _BACKENDS[name]
+
+
+def select(choice: str, logits: Tensor) -> str:
+    """The name of the backend that runs for ``logits``.
+
+    Raises:
+        ValueError: unknown backend.
+        NotImplementedError: an explicit choice cannot run; the message gives its reason and the ones that could.
+    """
+    if choice == "auto":
+        choice = _default_choice
+    if choice != "auto":
+        reason = get(choice).unsupported(logits)
+        if reason is not None:
+            able = [name for name in ORDER if get(name).unsupported(logits) is None]
+            raise NotImplementedError(f"backend {choice!r} cannot run: {reason}; available here: {', '.join(able)}")
+        return choice
+    chosen = next(name for name in ORDER if get(name).unsupported(logits) is None)
+    if chosen == "reference":
+        _warn_slow(logits.device.type)
+    return chosen
+
+
+def explain(logits: Tensor | None = None) -> str:
+    """Print, and return, which backend would run for ``logits`` and why each other one would not.
+
+    Args:
+        logits: the tensor to decide for; ``None`` stands for float32 logits on the CPU.
+    """
+    sample = torch.empty(1, 2) if logits is None else logits
+    subject = f"{str(sample.dtype).removeprefix('torch.')} logits on {sample.device}"
+    reasons = {name: get(name).unsupported(sample) for name in ORDER}
+    if _default_choice == "auto":
+        chosen = next((name for name in ORDER if reasons[name] is None), None)
+    else:
+        chosen = _default_choice if reasons.get(_default_choice, "") is None else None
+        subject += f", {ENVIRONMENT_VARIABLE}={_default_choice}"
+    lines = [f"caref_kernels backends for {subject}"]
+    for name, reason in reasons.items():
+        state = "runs" if name == chosen else "available" if reason is None else f"not available: {reason}"
+        detail = getattr(get(name), "describe", str)() if reason is None else ""
+        lines.append(f"  {name:<10} {state}{f' ({detail})' if detail else ''}")
+    text = "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    return text
+
+
+_warned: set[str] = set()
+
+
+def _warn_slow(device_type: str) -> None:
+    if device_type in _warned or device_type == "meta" or torch.compiler.is_compiling():
+        return
+    _warned.add(device_type)
+    warnings.warn(
+        f"caref_kernels runs its plain-PyTorch reference on {device_type!r} tensors: no fused backend is available "
+        f"there (caref_kernels.explain(logits) says why); pass backend='reference' to choose it on purpose",
+        RuntimeWarning,
+        stacklevel=5,
+    )

@@ -1,0 +1,134 @@
+"""Options of the CAREF loss: every default, every range check and the text of every error about them.
+
+Nothing else in the package repeats a default.  ``CarefConfig`` is what a user holds; ``RowSpec`` is the part of it that
+a backend needs to compute one row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal, NamedTuple, get_args
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+# 16 keeps (log V)**alpha inside float32 for every vocabulary (it overflows from alpha = 36 at V = 262,144).
+ALPHA_RANGE = (1.0, 16.0)
+# Below 0.1 the derivative (1-p)**(beta-1) leaves float32 on confident rows; beta = 0 drops the factor altogether.
+BETA_RANGE = (0.1, 16.0)
+INT64_RANGE = (-(2**63), 2**63 - 1)
+
+
+class RowSpec(NamedTuple):
+    """What one row's terms and gradient depend on besides the logits and the label."""
+
+    alpha: float
+    beta: float
+    vocab_size: int  # V of U = 1/V; the number of columns unless the user says otherwise
+    ignore_index: int
+    with_sced: bool  # False skips the divergence sums: its column of the terms is then 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarefConfig:
+    r"""Options of :func:`caref_kernels.caref_loss`, checked once, immutable and picklable.
+
+    Args:
+        alpha: exponent of ``|p log(p/U)|``, a real number in [1, 16].
+        beta: exponent of ``(1 - p)``, 0 or a real number in [0.1, 16].
+        lambda_sced: weight of the SCED term, finite and not negative; 0 skips its work.
+        lambda_kl: weight of the KL(p || U) term, finite and not negative.
+        ignore_index: label of the rows that are left out.
+        reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
+        vocab_size: V of ``U = 1/V``; ``None`` takes the number of columns of the logits.  The softmax always runs over
+            every column: to leave padded columns out of it as well, pass ``logits[..., :n]``.
+        backend: ``"auto"`` or the name of a backend, which then runs or raises.
+        inplace_backward: write the gradient into the memory of the logits.
+        return_terms: return :class:`caref_kernels.CarefOutput` instead of the loss alone.
+    Raises:
+        TypeError: an option has the wrong type (tensors included: no gradient with respect to an option is provided).
+        ValueError: an option is out of its range.  Every message names the option, its value and the range.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    lambda_sced: float = 0.1
+    lambda_kl: float = 0.1
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    vocab_size: int | None = None
+    backend: str = "auto"
+    inplace_backward: bool = False
+    return_terms: bool = False
+
+    def __post_init__(self) -> None:
+        _check_alpha(self.alpha)
+        _check_beta(self.beta)
+        _check_weight("lambda_sced", self.lambda_sced)
+        _check_weight("lambda_kl", self.lambda_kl)
+        _check_integer("ignore_index", self.ignore_index, *INT64_RANGE)
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of 'mean', 'sum', 'none'; got {self.reduction!r}")
+        if self.vocab_size is not None:
+            _check_integer("vocab_size", self.vocab_size, 1, INT64_RANGE[1])
+        if not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a string; got {self.backend!r}")
+        for name in ("inplace_backward", "return_terms"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+
+    def row_spec(self, columns: int) -> RowSpec:
+        """The row specification for logits of ``columns`` columns.
+
+        Raises:
+            ValueError: ``vocab_size`` is more than ten times the number of columns.
+        """
+        vocab_size = columns if self.vocab_size is None else int(self.vocab_size)
+        if vocab_size > 10 * columns:
+            raise ValueError(
+                f"vocab_size must be in [1, 10 * columns] = [1, {10 * columns}] for logits of {columns} columns; "
+                f"got {vocab_size}"
+            )
+        with_sced = self.lambda_sced != 0 or self.return_terms
+        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced)
+
+
+def _check_alpha(alpha: object) -> None:
+    low, high = ALPHA_RANGE
+    value = _real("alpha", alpha)
+    if not low <= value <= high:
+        raise ValueError(
+            f"alpha must be in [{low:g}, {high:g}]; got {alpha!r} (for alpha < 1 the gradient is infinite where "
+            f"p = 1/V, above {high:g} the term overflows float32)"
+        )
+
+
+def _check_beta(beta: object) -> None:
+    low, high = BETA_RANGE
+    value = _real("beta", beta)
+    if value != 0 and not low <= value <= high:
+        raise ValueError(f"beta must be 0 or in [{low:g}, {high:g}]; got {beta!r}")
+
+
+def _check_weight(name: str, weight: object) -> None:
+    value = _real(name, weight)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0; got {weight!r}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r} of type {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}]; got {value!r}")
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a Python float or int; got {value!r} of type {type(value).__name__} "
+            f"(gradients with respect to {name} are not provided)"
+        )
+    return float(value)

@@ -1,0 +1,289 @@
+"""The public functions: check the arguments, see the logits as rows, call the autograd node, name the results."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, objective
+from .autograd import CarefFunction, Plan
+from .config import CarefConfig, Reduction
+
+_TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+
+
+class CarefOutput(NamedTuple):
+    """The loss and its terms, all reduced alike; shapes () for "mean" and "sum", those of the labels for "none".
+
+    ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weigh the terms itself;
+    ``entropy`` (nats) is not: it is ``log V - kl``.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    sced: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def fused_sced(
+    logits: Tensor,
+    *,
+    valid: Tensor | None = None,
+    alpha: float = CarefConfig.alpha,
+    beta: float = CarefConfig.beta,
+    reduction: Reduction = CarefConfig.reduction,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = CarefConfig.vocab_size,
+    backend: str = CarefConfig.backend,
+    inplace_backward: bool = CarefConfig.inplace_backward,
+) -> Tensor:
+    r"""SCED regulariser of the CAREF objective, fused over the vocabulary.
+
+    .. math:: L = \sum_t \sum_v |p_{tv} \log(p_{tv} / U)|^\alpha (1 - p_{tv})^\beta,  \quad U = 1/V
+
+    (arXiv 2605.27835, Eq. 2, exactly: 0 log 0 = 0 and no epsilon inside the logarithm.)
+
+    Args:
+        logits: ``(..., V)``, float16, bfloat16, float32 or float64, at least 2-D.  Any strides: copied only if the last
+            one is not 1, or if more than two leading dimensions do not collapse.
+        valid: ``(...)``, bool or integer; rows with 0 contribute nothing and get a zero gradient, whatever they hold.
+        alpha: in [1, 16].
+        beta: 0, or in [0.1, 16].
+        reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
+        num_items: divisor that replaces the number of valid rows in ``"mean"``: a positive number, or a 0-D tensor,
+            which is read without a synchronisation.
+        vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns.
+        backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
+        inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
+            needs); its version counter is raised, so that a later use of its value is an autograd error.
+    Returns:
+        A scalar, or ``(...)`` for ``"none"``; float32 (float64 for float64 logits), in nats**alpha.  ``"mean"`` over no
+        row is NaN with a zero gradient.
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a shape or a range mismatch; the message gives both values.
+        NotImplementedError: an explicit backend that cannot run (with its reason), or a torch.func transform.
+    Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
+        1 - p = 1e-12.  Deterministic: the same bits on every run and for any number of threads.
+    Memory: saves the logits and (N, 5) row statistics; the backward makes the gradient, or nothing if in place.
+    """
+    config = CarefConfig(
+        alpha=alpha,
+        beta=beta,
+        lambda_sced=1.0,
+        lambda_kl=0.0,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        backend=backend,
+        inplace_backward=inplace_backward,
+    )
+    return sced_from_config(logits, valid, num_items, config)
+
+
+def caref_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = CarefConfig.alpha,
+    beta: float = CarefConfig.beta,
+    lambda_sced: float = CarefConfig.lambda_sced,
+    lambda_kl: float = CarefConfig.lambda_kl,
+    ignore_index: int = CarefConfig.ignore_index,
+    reduction: Reduction = CarefConfig.reduction,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = CarefConfig.vocab_size,
+    backend: str = CarefConfig.backend,
+    inplace_backward: bool = CarefConfig.inplace_backward,
+    return_terms: bool = CarefConfig.return_terms,
+) -> Tensor | CarefOutput:
+    r"""The CAREF objective, CE + lambda_sced * SCED + lambda_kl * KL(p || U), in one pass over the logits.
+
+    arXiv 2605.27835; the terms are defined in :mod:`caref_kernels.objective`.  Rows are not shifted: for a causal model
+    pass labels already moved by one position.
+
+    Args:
+        logits: as in :func:`fused_sced`.
+        labels: ``(...)``, int32 or int64 class indices, on the device of the logits.
+        lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
+        lambda_kl: weight of KL, finite and >= 0.
+        ignore_index: label of the rows that are left out of every term.
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy) from the same pass.
+        alpha, beta, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
+    Returns:
+        The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats.
+    Raises:
+        IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere such a row is NaN.
+        TypeError, ValueError, NotImplementedError: as in :func:`fused_sced`.
+    Precision, Memory: as in :func:`fused_sced`.
+    """
+    config = CarefConfig(
+        alpha=alpha,
+        beta=beta,
+        lambda_sced=lambda_sced,
+        lambda_kl=lambda_kl,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        backend=backend,
+        inplace_backward=inplace_backward,
+        return_terms=return_terms,
+    )
+    return caref_from_config(logits, labels, num_items, config)
+
+
+def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
+    """:func:`fused_sced` with its options already in a configuration (the lambdas are not read)."""
+    _check_logits(logits)
+    mask = None if valid is None else _check_valid(valid, logits)
+    loss, *_ = _run(logits, mask, num_items, config, (0.0, 1.0, 0.0))
+    return loss
+
+
+def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
+    """:func:`caref_loss` with its options already in a configuration."""
+    _check_logits(logits)
+    labels = _check_labels(labels, logits)
+    weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
+    loss, terms, stats, divisor = _run(logits, labels, num_items, config, weights)
+    if not config.return_terms:
+        return loss
+    shape = loss.shape
+    entropy = objective.entropy(*(stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift")))
+    if config.reduction != "none":
+        entropy = entropy.sum() if divisor is None else entropy.sum() / divisor
+    ce, sced, kl = (term.reshape(shape) for term in terms.unbind(-1))
+    return CarefOutput(loss, ce, sced, kl, entropy.reshape(shape))
+
+
+def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):
+    rows = _as_rows(logits)
+    name = backends.select(config.backend, rows)
+    if config.inplace_backward:
+        _check_inplace(logits, rows)
+    divisor = _divisor(logits, targets, num_items, config)
+    per_row = config.reduction == "none"
+    spec = config.row_spec(rows.size(-1))
+    plan = Plan(spec, name, weights, per_row, config.inplace_backward)
+    loss, terms, stats = CarefFunction.apply(rows, targets, divisor, plan)
+    return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(N, V) or (B, T, V) with last stride 1; a copy only where no such view exists."""
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        logits = logits.contiguous()
+    return logits if logits.dim() <= 3 else logits.reshape(-1, logits.size(-1))
+
+
+def _divisor(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Tensor | None:
+    """The 0-D divisor of "mean", made on the device without reading anything back."""
+    if num_items is not None:
+        return _check_num_items(num_items, logits, config)
+    if config.reduction != "mean":
+        return None
+    dtype = objective.accumulation_dtype(logits.dtype)
+    if targets is None:
+        return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
+    counts = targets if targets.dtype == torch.bool else targets != config.ignore_index
+    return counts.sum().to(dtype)
+
+
+def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.layout != torch.strided or logits.is_nested:
+        raise TypeError(f"logits: expected a dense torch.Tensor; got {_describe(logits)}")
+    if not torch.compiler.is_compiling():
+        if type(logits).__name__ not in _TENSOR_TYPES:
+            raise TypeError(
+                f"logits: expected a plain torch.Tensor; got the subclass {type(logits).__name__} "
+                f"(convert it first, for a DTensor with full_tensor())"
+            )
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "caref_kernels does not support torch.func transforms (grad, vmap, jvp, ...); use torch.autograd.grad, "
+                "or differentiate caref_kernels.objective, which is plain PyTorch"
+            )
+    if logits.dtype not in backends.LOGITS_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in backends.LOGITS_DTYPES)
+        raise TypeError(f"logits: dtype must be one of {accepted}; got {logits.dtype}")
+    if logits.dim() < 2 or logits.size(-1) == 0 or logits.size(-1) > objective.MAX_COLUMNS:
+        raise ValueError(
+            f"logits: expected shape (..., V) with at least one leading dimension and V in "
+            f"[1, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
+        )
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor; got {_describe(labels)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels: target must hold class indices (int32 or int64); got {labels.dtype}")
+    _check_row_shape("labels", labels, logits)
+    return labels.reshape(-1).contiguous()
+
+
+def _check_valid(valid: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(valid, Tensor):
+        raise TypeError(f"valid: expected a torch.Tensor; got {_describe(valid)}")
+    if valid.dtype.is_floating_point or valid.dtype.is_complex:
+        raise TypeError(f"valid: expected a bool or integer mask; got {valid.dtype}")
+    _check_row_shape("valid", valid, logits)
+    return (valid != 0).reshape(-1).contiguous()
+
+
+def _check_row_shape(name: str, rows: Tensor, logits: Tensor) -> None:
+    if rows.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}; "
+            f"got {tuple(rows.shape)}"
+        )
+    if rows.device != logits.device:
+        raise ValueError(f"{name}: on {rows.device}, but logits are on {logits.device}")
+
+
+def _check_num_items(num_items, logits: Tensor, config: CarefConfig) -> Tensor:
+    if config.reduction != "mean":
+        raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={config.reduction!r}")
+    dtype = objective.accumulation_dtype(logits.dtype)
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0 or num_items.dtype.is_complex or num_items.dtype == torch.bool:
+            raise ValueError(f"num_items: expected a real 0-D tensor; got {_describe(num_items)}")
+        if num_items.device.type != "cpu" and num_items.device != logits.device:
+            raise ValueError(f"num_items: on {num_items.device}, but logits are on {logits.device}")
+        # On an accelerator the value is not read: that would be a synchronisation.
+        if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_count(num_items.item())
+        return num_items.detach().to(dtype)
+    if isinstance(num_items, bool) or not isinstance(num_items, Real):
+        raise TypeError(f"num_items: expected a number or a 0-D tensor; got {_describe(num_items)}")
+    _check_count(num_items)
+    return torch.full((), float(num_items), dtype=dtype, device=logits.device)
+
+
+def _check_count(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"num_items must be finite and > 0; got {value!r}")
+
+
+def _check_inplace(logits: Tensor, rows: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
+    if rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"inplace_backward=True needs logits whose rows can be written where they lie (last stride 1, leading "
+            f"dimensions that collapse); got shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+        raise ValueError(f"inplace_backward=True cannot write expanded logits; got strides {logits.stride()}")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace_backward=True would overwrite a leaf that requires grad; pass an intermediate result")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor of shape {tuple(value.shape) if not value.is_nested else '(nested)'}, {value.dtype}"
+    return f"{value!r:.80} of type {type(value).__name__}"

@@ -1,0 +1,63 @@
+"""nn.Module forms of the public functions, each holding one frozen configuration."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import CarefConfig
+from .functional import CarefOutput, caref_from_config, sced_from_config
+
+
+class _ConfiguredLoss(nn.Module):
+    config: CarefConfig
+
+    def __init__(self, config: CarefConfig | None = None, **options) -> None:
+        super().__init__()
+        if config is not None and options:
+            raise TypeError(f"give either a CarefConfig or options, not both; got {sorted(options)} besides the config")
+        if config is not None and not isinstance(config, CarefConfig):
+            raise TypeError(f"config must be a CarefConfig; got {config!r}")
+        self.config = CarefConfig(**options) if config is None else config
+
+    def extra_repr(self) -> str:
+        return repr(self.config)
+
+
+class CarefLoss(_ConfiguredLoss):
+    """:func:`caref_kernels.caref_loss` as a module: ``CarefLoss(lambda_sced=0.05)(logits, labels)``.
+
+    Args:
+        config: a :class:`CarefConfig`, or give its fields as keywords.
+    Raises:
+        TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`caref_loss`.
+    """
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
+    ) -> Tensor | CarefOutput:
+        """See :func:`caref_kernels.caref_loss` for shapes, dtypes, errors, precision and memory."""
+        return caref_from_config(logits, labels, num_items, self.config)
+
+
+class SCEDLoss(_ConfiguredLoss):
+    """:func:`caref_kernels.fused_sced` as a module: ``SCEDLoss(alpha=2.0)(logits, valid)``.
+
+    Args:
+        config: a :class:`CarefConfig` (its lambdas, ignore_index and return_terms are fixed by the term), or keywords.
+    Raises:
+        TypeError, ValueError: as :class:`CarefConfig`, and for an option that this term does not have.
+    """
+
+    _FIXED = ("lambda_sced", "lambda_kl", "ignore_index", "return_terms")
+
+    def __init__(self, config: CarefConfig | None = None, **options) -> None:
+        fixed = [name for name in self._FIXED if name in options]
+        if fixed:
+            raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")
+        super().__init__(config, **options) if config is not None else super().__init__(lambda_sced=1.0, **options)
+
+    def forward(
+        self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None
+    ) -> Tensor:
+        """See :func:`caref_kernels.fused_sced` for shapes, dtypes, errors, precision and memory."""
+        return sced_from_config(logits, valid, num_items, self.config)

@@ -1,0 +1,103 @@
+"""The operators that torch sees: schemas, shapes for tracing, and the hand-over to a backend.
+
+Opaque to torch.compile (no decomposition), so that compiled and eager code give the same bits.  Autograd lives in
+autograd.py; inside these bodies it is off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .config import RowSpec
+from .objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+
+NAMESPACE = "caref_kernels"
+_SPEC = "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, str backend"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(f"forward(Tensor logits, Tensor? targets, {_SPEC}) -> (Tensor, Tensor)")
+_library.define(f"backward(Tensor grad_terms, Tensor logits, Tensor? targets, Tensor stats, {_SPEC}) -> Tensor")
+_library.define(f"backward_(Tensor grad_terms, Tensor(a!) logits, Tensor? targets, Tensor stats, {_SPEC}) -> ()")
+_library.define("reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row) -> (Tensor, Tensor)")
+
+# One C++ float32 sum over more elements than this would be split by the number of threads; smaller ones never are.
+_SERIAL_ROWS = 4096
+
+
+def _num_rows(logits: Tensor) -> int:
+    rows = logits.size(0)
+    return rows * logits.size(1) if logits.dim() == 3 else rows
+
+
+def _forward(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913
+    spec = RowSpec(alpha, beta, vocab_size, ignore_index, with_sced)
+    return backends.get(backend).forward(logits, targets, spec)
+
+
+def _forward_fake(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913, ARG001
+    dtype = accumulation_dtype(logits.dtype)
+    rows = _num_rows(logits)
+    return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, NUM_STATISTICS), dtype=dtype)
+
+
+def _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend):  # noqa: PLR0913
+    *spec, backend = spec_and_backend
+    backends.get(backend).backward(grad_terms, logits, targets, stats, RowSpec(*spec), out)
+
+
+def _backward(grad_terms, logits, targets, stats, *spec_and_backend):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend)
+    return out
+
+
+def _backward_fake(grad_terms, logits, targets, stats, *spec_and_backend):  # noqa: ARG001
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _backward_inplace(grad_terms, logits, targets, stats, *spec_and_backend):
+    _backward_into(logits, grad_terms, logits, targets, stats, spec_and_backend)
+
+
+def _backward_inplace_fake(grad_terms, logits, targets, stats, *spec_and_backend):  # noqa: ARG001
+    return None
+
+
+def _reduce(terms, divisor, weights, per_row):
+    """(loss, reduced terms); sums run in float64 and in an order that no number of threads changes."""
+    reduced = terms.clone() if per_row else _sum_rows(terms)
+    if divisor is not None:
+        reduced = reduced / divisor
+    reduced = reduced.to(terms.dtype)
+    w_ce, w_sced, w_kl = weights
+    ce, sced, kl = reduced.unbind(-1)
+    return w_ce * ce + w_sced * sced + w_kl * kl, reduced
+
+
+def _sum_rows(terms: Tensor) -> Tensor:
+    if terms.size(0) <= _SERIAL_ROWS or terms.device.type != "cpu":
+        return terms.sum(0, dtype=torch.float64)
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in terms.split(_SERIAL_ROWS)]).sum(0)
+
+
+def _reduce_fake(terms, divisor, weights, per_row):  # noqa: ARG001
+    shape = terms.shape if per_row else terms.shape[1:]
+    return terms.new_empty(shape[:-1]), terms.new_empty(shape)
+
+
+_IMPLEMENTATIONS = {
+    "forward": (_forward, _forward_fake),
+    "backward": (_backward, _backward_fake),
+    "backward_": (_backward_inplace, _backward_inplace_fake),
+    "reduce": (_reduce, _reduce_fake),
+}
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+forward = torch.ops.caref_kernels.forward.default
+backward = torch.ops.caref_kernels.backward.default
+backward_ = torch.ops.caref_kernels.backward_.default
+reduce = torch.ops.caref_kernels.reduce.default
