@@ -1,0 +1,81 @@
+"""Where and of what a result was measured: machine, versions, commit, and the hash of the kernel sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import caref_kernels
+from caref_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What decides the figures: the kernels with their build flags, and the Python between a caller and them.
+KERNEL_SOURCES = ("setup.py", "csrc/**/*", "caref_kernels/*.py", "caref_kernels/backends/**/*.py")
+# Files that a benchmark run itself rewrites: they do not make the tree dirty.
+RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
+
+
+def source_hash(root: Path = ROOT) -> str:
+    """sha256 over the names and contents of the kernel sources, in hexadecimal."""
+    digest = hashlib.sha256()
+    files = {path for pattern in KERNEL_SOURCES for path in root.glob(pattern) if path.is_file()}
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, str | int | bool]:
+    """Machine, versions and sources of a run in this process.
+
+    Raises:
+        ValueError: the tree is not a git checkout, so the figures could not be traced to a commit.
+    """
+    fused = backends.get("cpu")
+    missing = fused.unsupported(torch.empty(1, 2))
+    return {
+        "machine": cpu_model(Path("/proc/cpuinfo")),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu_backend": missing or fused.describe(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "caref_kernels": caref_kernels.__version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", *RESULTS)),
+        "source_sha256": source_hash(),
+    }
+
+
+def cpu_model(cpuinfo: Path) -> str:
+    """The processor's name from a file in the format of /proc/cpuinfo; without one, what Python knows."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
+    return f"{name} ({'-'.join(family)})" if family else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"a benchmark needs the git checkout it measures, but {' '.join(command)} failed: {error}"
+        ) from error

@@ -1,0 +1,119 @@
+"""The contestants, and the check that each computes what it is timed for.
+
+Every provider maps logits (N, V) and labels (N,) to a mean loss with the default weights.  The eager composition is
+what a careful user writes in plain torch: no avoidable temporary, no power where a product does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from caref_kernels import CarefConfig, caref_loss
+from caref_kernels.testing import Evaluation, check_gradient, check_identity, check_term, oracle
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One contestant.
+
+    ``part`` names the part of the oracle that it computes: the whole "loss", or "ce" for a floor of reference.
+    ``loss`` is ``None`` for the copy, which is timed as a whole and computes nothing.  ``backend`` is the one it needs.
+    """
+
+    name: str
+    meaning: str
+    loss: Loss | None
+    part: str = "loss"
+    backend: str | None = None
+
+
+class Errors(NamedTuple):
+    """Relative errors against the float64 oracle: of the mean loss, and of the worst row of the gradient."""
+
+    loss: float
+    gradient: float
+
+
+def eager_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The defaults of :func:`caref_kernels.caref_loss`, composed in plain torch."""
+    log_p = functional.log_softmax(logits, -1, dtype=torch.float32)
+    p = log_p.exp()
+    log_ratio = log_p + math.log(logits.size(-1))
+    product = p * log_ratio
+    sced = (product.square() * (1 - p)).sum(-1).mean()
+    kl = product.sum(-1).mean()
+    ce = functional.nll_loss(log_p, labels)
+    return ce + CarefConfig.lambda_sced * sced + CarefConfig.lambda_kl * kl
+
+
+@cache
+def _compiled() -> Loss:
+    return torch.compile(eager_loss, fullgraph=True, dynamic=False)
+
+
+def _compiled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return _compiled()(logits, labels)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    # In float32, as Hugging Face computes it: on bfloat16 logits the loss itself would be rounded to 8 bits.
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def _caref(backend: str, *, inplace: bool = False) -> Loss:
+    return lambda logits, labels: caref_loss(logits, labels, backend=backend, inplace_backward=inplace)
+
+
+PROVIDERS = (
+    Provider("copy", "one copy of the logits, the unit", None),
+    Provider("cross-entropy", "F.cross_entropy alone, a floor of reference", _cross_entropy, part="ce"),
+    Provider("eager", "CAREF composed in plain PyTorch", eager_loss),
+    Provider("compiled", "torch.compile of the eager composition", _compiled_loss),
+    Provider("reference", 'backend="reference"', _caref("reference"), backend="reference"),
+    Provider("cpu", 'backend="cpu"', _caref("cpu"), backend="cpu"),
+    Provider("cpu-inplace", 'backend="cpu", inplace_backward=True', _caref("cpu", inplace=True), backend="cpu"),
+)
+
+
+def differentiate(provider: Provider, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss () and gradient (N, V) of one provider; the logits may be overwritten."""
+    view = logits.detach().requires_grad_().view_as(logits)  # a non-leaf, as the result of a head is
+    loss = provider.loss(view, labels)
+    (gradient,) = torch.autograd.grad(loss, view)
+    return loss.detach(), gradient
+
+
+def expectation(logits: Tensor, labels: Tensor) -> Evaluation:
+    """What the providers are verified against: every row's terms and gradients in float64."""
+    return oracle(logits, labels, parts=("loss", "ce"))
+
+
+def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluation) -> Errors:
+    """Hold one provider to the budgets of :mod:`caref_kernels.testing` on the inputs it will be timed on.
+
+    The package's own backends keep every bound of every row.  Torch's float32 compositions do not (eager misses the cap
+    of the worst row, and the row sum at large V), so they are held to the identity of the whole gradient.
+
+    Raises:
+        AssertionError: an error exceeds its budget; the message names the provider.
+    """
+    loss, gradient = differentiate(provider, logits.clone(), labels)
+    exact_loss = getattr(expected.terms, provider.part).mean()
+    exact_gradient = expected.gradients[provider.part] / logits.size(0)
+    check_term(provider.part, loss.view(1), exact_loss.view(1), label=provider.name)
+    if provider.backend is None and gradient.dtype == torch.float32:
+        check_identity(gradient, exact_gradient, "float32_gradient", label=provider.name)
+    else:
+        check_gradient(gradient, exact_gradient, label=provider.name)
+    row_errors = (gradient.double() - exact_gradient).norm(dim=-1) / exact_gradient.norm(dim=-1)
+    return Errors(float((loss.double() - exact_loss).abs() / exact_loss), float(row_errors.max()))
