@@ -53,7 +53,7 @@ GRADIENT_L2 = {
     torch.float32: Budget(2e-5, 2e-6),
     torch.bfloat16: Budget(4e-3 + 2e-5, 2.0**-8),
 }
-GRADIENT_MAX = {torch.float64: Budget(2e-12, 2e-13), torch.float32: Budget(3e-5, 3e-6)}
+GRADIENT_MAX = {torch.float64: Budget(5e-12, 5e-13), torch.float32: Budget(3e-5, 3e-6)}
 # Per element, |error| <= rounding * |expected| + one subnormal step + ELEMENT_REST * max|expected| of the row.
 ELEMENT_ROUNDING = {
     torch.bfloat16: 1.02 * 2.0**-8,
@@ -66,8 +66,8 @@ EQUAL_SHARE = 0.99
 # A row whose gradient is smaller than this, or a float16 row with many subnormal entries, is held to the element rule.
 SMALL_NORM = 1e-10
 SUBNORMAL_SHARE = 0.01
-# |sum of the gradient| / sum of |gradient| per row, 0 in exact arithmetic; tied rows of 300 columns reach 1.1e-6.
-ROW_SUM = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-2}
+# |sum of the gradient| / sum of |gradient| per row, 0 in exact arithmetic; 100 tied columns reach 2.6e-6.
+ROW_SUM = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-2}
 # Short rows are ill-conditioned: log(p/U), good to one rounding, may be nearly 0 in every column, and the slopes of
 # a few columns may cancel.  Their SCED and gradients are measured against at least these units instead of themselves,
 # and not against eager, whose luck differs.
