@@ -1,0 +1,249 @@
+"""Mutants of the Python sources: an edit of one place, the mistake it stands for, and the tests that should see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+OBJECTIVE = "caref_kernels/objective.py"
+REFERENCE = "caref_kernels/backends/reference.py"
+CPU = "caref_kernels/backends/cpu.py"
+AUTOGRAD = "caref_kernels/autograd.py"
+OPS = "caref_kernels/ops.py"
+FUNCTIONAL = "caref_kernels/functional.py"
+TRANSFORMERS = "caref_kernels/integrations/transformers.py"
+
+
+class Mutant(NamedTuple):
+    """Replace ``old``, which occurs once in ``path``, by ``new``; ``tests`` (files, keyword) should then fail."""
+
+    name: str
+    mistake: str
+    path: str
+    old: str
+    new: str
+    files: tuple[str, ...]
+    keyword: str
+
+    @property
+    def needs_build(self) -> bool:
+        return self.path.startswith("csrc/")
+
+    @property
+    def is_control(self) -> bool:
+        return self.mistake == "none"
+
+    def arguments(self) -> list[str]:
+        """The pytest selection that should fail."""
+        selection = [f"tests/test_{name}.py" for name in self.files]
+        return [*selection, "-k", self.keyword] if self.keyword else selection
+
+
+Edit = tuple[str, str, str]  # name, old, new
+
+
+def mutants(mistake: str, path: str, tests: str, keyword: str, *edits: Edit) -> list[Mutant]:
+    """Mutants of one kind; ``tests`` names the files without test_ and .py."""
+    return [Mutant(name, mistake, path, old, new, tuple(tests.split()), keyword) for name, old, new in edits]
+
+
+MATHS = [
+    *mutants(
+        "gradient zero, flipped or halved",
+        OBJECTIVE,
+        "oracle",
+        "",
+        ("sced-gradient-zero", "gradient + grad_sced * _sced", "gradient + 0 * grad_sced * _sced"),
+        ("sced-gradient-flipped", "gradient + grad_sced * _sced", "gradient - grad_sced * _sced"),
+        ("sced-gradient-halved", "gradient + grad_sced * _sced", "gradient + 0.5 * grad_sced * _sced"),
+        ("kl-gradient-halved", "gradient = grad_kl * p", "gradient = 0.5 * grad_kl * p"),
+        ("ce-gradient-flipped", "gradient + grad_ce * ce_slope", "gradient - grad_ce * ce_slope"),
+    ),
+    *mutants(
+        "p * G dropped",
+        OBJECTIVE,
+        "oracle",
+        "",
+        ("slope-sum-dropped", "slopes - p * slope_sum - share", "slopes - share"),
+        ("slope-sum-dropped-at-the-top", "top_slope - p * slope_sum, rest", "top_slope, rest"),
+        ("top-slope-dropped", "p * slope_sum - share * top_slope", "p * slope_sum"),
+    ),
+    *mutants(
+        "log2, or another U",
+        OBJECTIVE,
+        "oracle",
+        "",
+        ("logarithm-to-base-2", "torch.log((1 + residual) / vocab_size)", "torch.log2((1 + residual) / vocab_size)"),
+        ("one-column-fewer-in-u", "(1 + residual) / vocab_size", "(1 + residual) / (vocab_size - 1)"),
+    ),
+    *mutants(
+        "exponents",
+        OBJECTIVE,
+        "oracle",
+        "",
+        ("beta-dropped-from-value", "return density if beta == 0 else density * q**beta", "return density"),
+        ("beta-dropped-from-slope", "return slope if beta == 0 else slope * q**beta", "return slope"),
+        ("beta-term-dropped-from-slope", " * q - beta * t", " * q"),
+        ("sign-dropped", "alpha * torch.sign(log_ratio) * (log_ratio + 1)", "alpha * (log_ratio + 1)"),
+        ("alpha-off-by-one-in-slope", "t ** (alpha - 1) * slope", "t**alpha * slope"),
+    ),
+    *mutants(
+        "a single lse instead of (m, a, r)",
+        OBJECTIVE,
+        "numerics oracle",
+        "N03 or confident",
+        ("cross-entropy-from-d", "torch.log1p(rows.residual) - rows.raw", "torch.log(1 + rows.residual) - rows.raw"),
+        ("entropy-from-d", "return torch.log1p(residual) - mean_shift", "return torch.log(1 + residual) - mean_shift"),
+        ("top-complement-from-d", "q = residual / (1 + residual)\n", "q = 1 - 1 / (1 + residual)\n"),
+        ("label-slope-from-d", "q_top = rows.residual / (1 + rows.residual)", "q_top = 1 - 1 / (1 + rows.residual)"),
+    ),
+    *mutants(
+        "the arg-max column in r, or left out twice on ties",
+        OBJECTIVE,
+        "numerics oracle",
+        "N21 or tied_maxima",
+        ("top-counted-in-residual", "torch.where(is_top, 0.0, shift.exp())", "shift.exp()"),
+        (
+            "ties-left-out-together",
+            "torch.arange(logits.size(-1), device=logits.device) == argmax",
+            "logits == maximum",
+        ),
+    ),
+    *mutants(
+        "eps inside the logarithm",
+        OBJECTIVE,
+        "oracle numerics",
+        "50_digits or N04 or N24",
+        (
+            "eps-in-kl",
+            "    kl = _mean_shift(rows) - offset",
+            "    kl = _mean_shift(rows) - offset + 1e-9 * spec.vocab_size",
+        ),
+        ("eps-in-sced", "* log_ratio.abs()) ** alpha\n", "* (log_ratio + 1e-9).abs()) ** alpha\n"),
+    ),
+    *mutants(
+        "NaN swallowed",
+        OBJECTIVE,
+        "numerics",
+        "N08_N09_N10 and reference",
+        (
+            "row-without-softmax-is-finite",
+            "torch.isfinite(maximum), residual, torch.nan",
+            "torch.isfinite(maximum), residual, 1.0",
+        ),
+    ),
+]
+
+ROWS = [
+    *mutants(
+        "an ignored row gets a term or a gradient",
+        REFERENCE,
+        "labels",
+        "(L09 or L10) and reference",
+        ("ignored-row-has-terms", "return _finish(terms, counts)", "return terms"),
+        ("ignored-row-has-gradient", "return _finish(gradient, counts).to", "return gradient.to"),
+        ("ignored-row-is-read", "torch.where(counts, values, 0.0)), labels", "values), labels"),
+    ),
+    *mutants(
+        "label not checked, wrapped to 32 bits, or checked by an assertion",
+        REFERENCE,
+        "labels",
+        "L01 or L02 or L04",
+        ("label-unchecked", "    if bool(wrong.any()):", "    if False and bool(wrong.any()):"),
+        ("negative-label-accepted", "((labels < 0) | (labels >= columns))", "(labels >= columns)"),
+        ("label-v-accepted", "((labels < 0) | (labels >= columns))", "((labels < 0) | (labels > columns))"),
+        ("label-wrapped-to-int32", "    wrong = ((labels", "    labels = labels.int()\n    wrong = ((labels"),
+        ("label-checked-by-assertion", "    if bool(wrong.any()):", "    if __debug__ and bool(wrong.any()):"),
+    ),
+    *mutants(
+        "sums in the dtype of the rows",
+        OPS,
+        "reductions",
+        "",
+        ("rows-summed-in-bfloat16", "return terms.sum(0, dtype=torch.float64)", "return terms.bfloat16().sum(0)"),
+    ),
+    *mutants(
+        "mean over all rows",
+        FUNCTIONAL,
+        "reductions labels",
+        "R01 or L09",
+        ("mean-over-all-rows", "return counts.sum().to(dtype)", "return torch.ones_like(counts).sum().to(dtype)"),
+        ("num-items-ignored", "    if num_items is not None:\n", "    if False:\n"),
+    ),
+    *mutants(
+        "incoming gradient ignored, only the first used, or applied twice",
+        AUTOGRAD,
+        "autograd",
+        "A03 or A04 or A05 or A06",
+        ("incoming-gradient-ignored", "[grad_loss * weight for", "[torch.ones_like(grad_loss) * weight for"),
+        (
+            "incoming-gradient-of-first-row",
+            "[grad_loss * weight for",
+            "[grad_loss.flatten()[0].expand_as(grad_loss) * weight for",
+        ),
+        ("incoming-gradient-twice", "[grad_loss * weight for", "[grad_loss * grad_loss * weight for"),
+    ),
+    *mutants(
+        "divisor lost on the way back",
+        AUTOGRAD,
+        "reductions autograd",
+        "",
+        ("divisor-not-in-gradient", "        grad = grad / divisor", "        grad = grad / 1"),
+    ),
+    *mutants(
+        "terms that cannot be weighed again",
+        AUTOGRAD,
+        "reductions",
+        "",
+        ("gradient-of-terms-dropped", "weighted if grad is None else grad + weighted", "weighted"),
+    ),
+    *mutants(
+        "logits written in place",
+        OPS,
+        "autograd",
+        "A06 or A09 or A10",
+        (
+            "gradient-over-the-logits",
+            "    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)\n",
+            "    out = logits.detach()\n",
+        ),
+    ),
+    *mutants(
+        "in-place write without raising the version",
+        AUTOGRAD,
+        "autograd",
+        "A11",
+        ("version-not-raised", "    torch.autograd.graph.increment_version(logits)\n", ""),
+    ),
+    *mutants(
+        "strides assumed",
+        FUNCTIONAL,
+        "layouts",
+        "S04",
+        ("last-stride-assumed-1", "if logits.stride(-1) != 1 and", "if False and"),
+    ),
+    *mutants(
+        "strides assumed",
+        CPU,
+        "layouts",
+        "S01 or S02 or S03",
+        ("row-stride-assumed-v", "else (0, rows.stride(0))", "else (0, rows.size(-1))"),
+        (
+            "outer-stride-assumed",
+            "(rows.stride(0), rows.stride(1)) if",
+            "(rows.size(1) * rows.stride(1), rows.stride(1)) if",
+        ),
+    ),
+    *mutants(
+        "the loss in a Trainer scaled or aligned wrongly",
+        TRANSFORMERS,
+        "transformers",
+        "accumulation_equals or num_items or shift_follows",
+        ("trainer-divisor-ignored", "out = self._loss(logits, labels, num_items)", "out = self._loss(logits, labels)"),
+        ("trainer-labels-not-shifted", "(0, 1), value=TRAINER_IGNORE_INDEX)[..., 1:]", "(0, 0))"),
+    ),
+    *mutants(
+        "none", OBJECTIVE, "oracle", "tied_maxima and reference", ("control", "e^y is 0 there", "e^y is zero there")
+    ),
+]
+
+PYTHON = [*MATHS, *ROWS]

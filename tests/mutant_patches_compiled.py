@@ -1,0 +1,179 @@
+"""Mutants of the C++ sources: as mutant_patches.py, each with a build of the extension."""
+
+from __future__ import annotations
+
+from mutant_patches import mutants
+
+ROW_LAYOUT = "csrc/row_layout.h"
+ROW_MATH = "csrc/row_math.h"
+LANES = "csrc/cpu/lanes.h"
+ROWS = "csrc/cpu/rows.h"
+FORWARD = "csrc/cpu/forward.cpp"
+BACKWARD = "csrc/cpu/backward.cpp"
+LAUNCH = "csrc/cpu/launch.cpp"
+
+COMPILED = [
+    *mutants(
+        "gradient zero, flipped or halved",
+        BACKWARD,
+        "numerics",
+        "(N01 or N02) and cpu",
+        ("c-sced-gradient-zero", "inner += sced * even_slope", "inner += 0 * sced * even_slope"),
+        ("c-sced-gradient-flipped", "inner += sced * even_slope", "inner -= sced * even_slope"),
+        ("c-kl-gradient-halved", "kl(static_cast<T>(row.grad_kl))", "kl(static_cast<T>(0.5 * row.grad_kl))"),
+        ("c-label-column-not-written", "if (target.has_label) store_one(out + target.label, label);", ""),
+        ("c-top-column-not-written", "  store_one(out + row.argmax, top);\n", ""),
+    ),
+    *mutants(
+        "p * G dropped",
+        BACKWARD,
+        "numerics",
+        "(N01 or N02) and cpu",
+        ("c-slope-sum-dropped", "row.grad_sced == 0.0 ? 0.0 : row.slope_sum", "0.0"),
+        ("c-top-slope-dropped", "sum += row.top_slope / row.constants.q_top;", "sum += 0.0;"),
+    ),
+    *mutants(
+        "the arg-max column in r, a tie left out with it, or a maximum forgotten",
+        FORWARD,
+        "numerics",
+        "(N02 or N21 or N22) and cpu",
+        ("c-top-counted-in-residual", "      block.exclude(argmax);\n    } else", "    } else"),
+        ("c-old-maximum-forgotten", "scale * (sums.residual + 1.0)", "scale * sums.residual"),
+        ("c-old-maximum-not-in-moments", "      sums.moments.add(delta);\n", ""),
+        ("c-moments-not-shifted", "      sums.moments.shift(delta);\n", ""),
+        ("c-first-moment-not-shifted", "+ delta * sums.residual + delta)", "+ delta)"),
+    ),
+    *mutants(
+        "a single lse instead of (m, a, r)",
+        ROW_MATH,
+        "numerics",
+        "(N02 or N03) and cpu",
+        ("c-top-complement-from-d", "q_top(residual / d)", "q_top(1.0 - static_cast<T>(1.0 / d))"),
+    ),
+    *mutants(
+        "exponents",
+        ROW_MATH,
+        "numerics",
+        "N16 and cpu",
+        ("c-sign-dropped", "* Ops<X>::sign(log_ratio) * (log_ratio + 1)", "* (log_ratio + 1)"),
+        ("c-beta-dropped", "density : density * power(q, exponents.beta)", "density : density"),
+    ),
+    *mutants(
+        "tail lanes not masked",
+        ROWS,
+        "numerics",
+        "(N01 or N14) and cpu",
+        (
+            "c-tail-lanes-counted",
+            "store_one(copy_ + i, -std::numeric_limits<double>::infinity());\n    }",
+            "store_one(copy_ + i, 0.0);\n    }",
+        ),
+        (
+            "c-tail-lanes-skipped",
+            "return (size_ + Lanes<T>::kCount - 1) / Lanes<T>::kCount;",
+            "return size_ / Lanes<T>::kCount;",
+        ),
+    ),
+    *mutants(
+        "32-bit row offset",
+        ROW_LAYOUT,
+        "layouts regressions",
+        "cpu",
+        (
+            "c-int32-row-offset",
+            "return (row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride;",
+            "return static_cast<int32_t>((row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride);",
+        ),
+    ),
+    *mutants(
+        "strides assumed",
+        ROW_LAYOUT,
+        "layouts",
+        "(S01 or S02 or S03) and cpu",
+        ("c-row-stride-assumed-v", "+ (row % inner_rows) * inner_stride;", "+ (row % inner_rows) * columns;"),
+    ),
+    *mutants(
+        "incoming gradient of the first row only, or of another term",
+        BACKWARD,
+        "autograd",
+        "(A03 or A04 or A05) and cpu",
+        ("c-incoming-gradient-of-first-row", "+ row * params.grad_row_stride,", "+ 0 * row * params.grad_row_stride,"),
+        ("c-term-stride-assumed-1", "grad_kl(grads[kKl * stride])", "grad_kl(grads[kKl])"),
+    ),
+    *mutants(
+        "an ignored row gets a term or a gradient",
+        BACKWARD,
+        "labels",
+        "(L09 or L10) and cpu",
+        ("c-ignored-row-has-gradient", "fill_row(out, params.columns, 0.0);", "fill_row(out, params.columns, 1e-6);"),
+    ),
+    *mutants(
+        "an ignored row gets a term or a gradient",
+        FORWARD,
+        "labels",
+        "(L09 or L10) and cpu",
+        ("c-ignored-row-has-terms", "(params, row, {}, {});", "(params, row, {0.0, 0.0, 1e-3}, {});"),
+    ),
+    *mutants(
+        "label not checked, or wrapped to 32 bits",
+        LAUNCH,
+        "labels",
+        "(L01 or L02) and cpu",
+        ("c-label-unchecked", "if ((label < 0 || label >= params.columns) &&", "if (false &&"),
+        ("c-negative-label-accepted", "(label < 0 || label >= params.columns)", "(label >= params.columns)"),
+        ("c-label-v-accepted", "label >= params.columns)", "label > params.columns)"),
+        (
+            "c-label-wrapped-to-int32",
+            ": static_cast<const int64_t*>(params.targets)[row];",
+            ": static_cast<int32_t>(static_cast<const int64_t*>(params.targets)[row]);",
+        ),
+    ),
+    *mutants(
+        "NaN swallowed",
+        LANES,
+        "numerics",
+        "N08_N09_N10 and cpu",
+        (
+            "c-nan-lost-in-the-clamp",
+            "return larger(splat<T>(Lanes<T>::kFloor), y);",
+            "return larger(y, splat<T>(Lanes<T>::kFloor));",
+        ),
+    ),
+    *mutants(
+        "NaN swallowed",
+        FORWARD,
+        "numerics",
+        "N08_N09_N10 and cpu",
+        ("c-nan-before-a-maximum-lost", "sums.is_nan |= x[lane] != x[lane];", "sums.is_nan |= false;"),
+        ("c-infinite-maximum-accepted", "!std::isfinite(sums.maximum) || sums.is_nan", "sums.is_nan"),
+    ),
+    *mutants(
+        "rounded twice, truncated, or overflowing",
+        LANES,
+        "numerics dtypes",
+        "(N27 or D02) and cpu",
+        ("c-bfloat16-truncated", "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;", "bits >> 16;"),
+        (
+            "c-bfloat16-rounded-twice",
+            "const BitsF rounded = (bits + 0x7fffu",
+            "const BitsF rounded = ((bits + 0x3fffu) / 0x8000u * 0x8000u + 0x7fffu",
+        ),
+        (
+            "c-float16-truncated",
+            "(magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23))",
+            "(magnitude - (112u << 23))",
+        ),
+    ),
+    *mutants(
+        "sums in the dtype of the row",
+        LANES,
+        "dtypes numerics",
+        "(D02 or N01) and cpu",
+        (
+            "c-blocks-summed-in-bfloat16",
+            "    memcpy(halves, &block, sizeof(halves));\n",
+            "    block = bit_cast<VecF>(bit_cast<BitsF>(block) & 0xffff0000u);\n"
+            "    memcpy(halves, &block, sizeof(halves));\n",
+        ),
+    ),
+]
