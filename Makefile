@@ -30,7 +30,7 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
-sanitize: $(READY)  ## the conformance tests against a copy built with AddressSanitizer and UBSan
+sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
