@@ -71,7 +71,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $cxx $cflags -shared {'-undefined dynamic_lookup' if sys.platform == 'darwin' else ''} $in -o $out",
+            f"  command = $cxx $cflags -shared {_link_flags()} $in -o $out",
         ]
         objects = []
         for source in PLAIN_SOURCES:
@@ -87,6 +87,12 @@ class NinjaBuild(build_ext):
         output = f"{variant}/{Path(source).stem}.o"
         lines += [f"build {output}: compile {_escape((ROOT / 'csrc' / source).resolve())}", f"  isa = {flags}"]
         return output
+
+
+def _link_flags() -> str:
+    if sys.platform == "darwin":
+        return "-undefined dynamic_lookup"
+    return "" if os.environ.get("CAREF_SANITIZE") == "1" else "-Wl,--strip-all"
 
 
 def _escape(path: Path) -> str:

@@ -11,6 +11,7 @@
 #else
 #define CAREF_HD inline __attribute__((always_inline))
 #endif
+#define CAREF_INLINE __attribute__((always_inline))  // for lambdas
 
 namespace caref {
 

@@ -29,13 +29,12 @@ template <typename S, typename T, typename Kind>
 CAREF_HD void add_block(const BlockReader<S>& block, RowSums<T, Kind>& sums) {
   using V = Vec<T>;
   const V maximum = splat<T>(sums.maximum);
-  const int64_t registers = block.registers();
   V residual = {}, first_moment = {};
   if constexpr (Kind::kOnePass) {
     using M = typename Kind::Sums;
     V moments[M::kCount] = {};
-    for (int64_t i = 0; i < registers; ++i) {
-      const V y = clamp_shift<T>(block[i] - maximum);
+    block.for_each([&](V x) CAREF_INLINE {
+      const V y = clamp_shift<T>(x - maximum);
       const V e = exponential<T>(y);
       residual += e;
       first_moment += e * y;
@@ -53,16 +52,16 @@ CAREF_HD void add_block(const BlockReader<S>& block, RowSums<T, Kind>& sums) {
         }
         e_power *= e;
       }
-    }
+    });
 #pragma GCC unroll 16
     for (int i = 0; i < M::kCount; ++i) sums.wide_moments[i].add(moments[i]);
   } else {
-    for (int64_t i = 0; i < registers; ++i) {
-      const V y = clamp_shift<T>(block[i] - maximum);
+    block.for_each([&](V x) CAREF_INLINE {
+      const V y = clamp_shift<T>(x - maximum);
       const V e = exponential<T>(y);
       residual += e;
       first_moment += e * y;
-    }
+    });
   }
   sums.wide_residual.add(residual);
   sums.wide_first_moment.add(first_moment);
@@ -101,27 +100,16 @@ void raise_maximum(RowSums<T, Kind>& sums, T maximum, int64_t argmax) {
 }
 
 template <typename S, typename T, typename Kind>
-void sum_row(BlockReader<S>& block, int64_t columns, RowSums<T, Kind>& sums) {
-  using V = Vec<T>;
-  for (int64_t start = 0; start < columns; start += kBlock) {
-    block.open(start);
-    V maximum = splat<T>(-std::numeric_limits<T>::infinity());
-    const int64_t registers = block.registers();
-    for (int64_t i = 0; i < registers; ++i) {
-      const V x = block[i];
-      maximum = x > maximum ? x : maximum;  // NaN never wins: it reaches the result through the sums
-    }
-    const T block_maximum = lane_maximum<T>(maximum);
+void sum_row(BlockReader<S>& block, RowSums<T, Kind>& sums) {
+  while (block.next()) {
+    const T block_maximum = block.maximum();
     if (block_maximum > sums.maximum) {
       const int64_t argmax = block.find(block_maximum);
       raise_maximum(sums, block_maximum, argmax);
       block.exclude(argmax);
     } else if (sums.maximum == -std::numeric_limits<T>::infinity()) {
       // Nothing but -inf and NaN so far, so there is no maximum to sum against.
-      for (int64_t i = 0; i < registers; ++i) {
-        const V x = block[i];
-        for (int lane = 0; lane < Lanes<T>::kCount; ++lane) sums.is_nan |= x[lane] != x[lane];
-      }
+      sums.is_nan |= block.any_nan();
       continue;
     }
     add_block(block, sums);
@@ -136,23 +124,23 @@ struct ScedSums {
 
 // The second pass: sum f and sum p f' over the columns other than the arg-max.
 template <typename S, typename T>
-ScedSums sum_sced(BlockReader<S>& block, int64_t columns, T maximum, int64_t argmax, const RowConstants<T>& row,
+ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowConstants<T>& row,
                   const Exponents& exponents) {
   using V = Vec<T>;
   const T inverse_d = static_cast<T>(row.p_top), c = static_cast<T>(row.c);
   WideSum<T> wide_density, wide_slope;
-  for (int64_t start = 0; start < columns; start += kBlock) {
-    block.open(start);
-    if (argmax >= start && argmax < start + kBlock) block.exclude(argmax);
+  block.rewind();
+  while (block.next()) {
+    if (block.contains(argmax)) block.exclude(argmax);
     V density = {}, slope = {};
-    for (int64_t i = 0; i < block.registers(); ++i) {
-      const V y = clamp_shift<T>(block[i] - maximum);
+    block.for_each([&](V x) {
+      const V y = clamp_shift<T>(x - maximum);
       const V p = exponential<T>(y) * inverse_d;
       const V log_ratio = y - c;
       const V q = 1 - p;
       density += sced_density(p, log_ratio, q, exponents);
       slope += p * sced_slope<T>(p, log_ratio, q, exponents) / q;
-    }
+    });
     wide_density.add(density);
     wide_slope.add(slope);
   }
@@ -174,7 +162,7 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
   RowSums<T, Kind> sums;
-  sum_row(block, params.columns, sums);
+  sum_row(block, sums);
   double terms[kNumTerms] = {}, stats[kNumStatistics] = {};
   stats[kMaximum] = sums.maximum;
   stats[kArgmax] = static_cast<double>(sums.argmax);
@@ -208,7 +196,7 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
         rest = sums.moments.sced(c, d);
         stats[kSlopeSum] = sums.moments.slope_sum(constants.c, constants.d);
       } else {
-        const ScedSums sced = sum_sced<S, T>(block, params.columns, sums.maximum, sums.argmax, constants, exponents);
+        const ScedSums sced = sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
         rest = sced.density;
         stats[kSlopeSum] = sced.slope;
       }

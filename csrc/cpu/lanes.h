@@ -12,6 +12,10 @@
 #include "../row_layout.h"
 #include "../row_math.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace caref::cpu::CAREF_ISA {
 
 #if defined(__AVX512F__)
@@ -175,11 +179,25 @@ CAREF_HD void store_one(S* to, double value) {
 
 // ---- arithmetic -------------------------------------------------------------------------------------
 
-// Selects, not min or max instructions: NaN must pass.
+// a > b ? a : b, so the second operand wins against NaN.  Compilers turn the select into one
+// instruction only under -ffast-math, which would also drop the NaN; x86 has exactly this one.
+CAREF_HD VecF larger(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a, b);  // plain _mm512_max_ps warns in GCC 12
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+CAREF_HD VecD larger(VecD a, VecD b) { return a > b ? a : b; }
+
+// NaN passes through the clamp.
 template <typename T>
 CAREF_HD Vec<T> clamp_shift(Vec<T> y) {
-  const Vec<T> floor = splat<T>(Lanes<T>::kFloor);
-  return y < floor ? floor : y;
+  return larger(splat<T>(Lanes<T>::kFloor), y);
 }
 
 CAREF_HD VecF exp_polynomial(VecF f) {
@@ -271,10 +289,22 @@ struct WideSum {
 };
 
 template <typename T>
+CAREF_HD bool any_equal(Vec<T> x, T value) {
+  const auto equal = x == value;
+  uint64_t words[kRegisterBytes / 8], any = 0;
+  memcpy(words, &equal, sizeof(words));
+  for (uint64_t word : words) any |= word;
+  return any != 0;
+}
+
+template <typename T>
 CAREF_HD T lane_maximum(Vec<T> x) {
-  T maximum = x[0];
-  for (int i = 1; i < Lanes<T>::kCount; ++i) maximum = x[i] > maximum ? x[i] : maximum;
-  return maximum;
+  T lanes[Lanes<T>::kCount];
+  store(lanes, x);
+  for (int half = Lanes<T>::kCount / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
 }
 
 template <typename T>

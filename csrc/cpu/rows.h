@@ -15,7 +15,7 @@ struct Target {
   int64_t label;
 };
 
-inline Target target_of(const RowParams& params, int64_t row) {
+CAREF_HD Target target_of(const RowParams& params, int64_t row) {
   int64_t label = 0;
   switch (params.targets_dtype) {
     case DType::kInt32:
@@ -82,59 +82,103 @@ void visit_storage(DType dtype, Visitor visitor) {
 // float32 lane adds at most 256 elements (4 lanes) before its sum is folded into double.
 constexpr int64_t kBlock = 1024;
 
-// A block of a row as the kernels read it: whole registers, no branch on the tail.
+// A row as the kernels read it: blocks of whole registers, and the tail of the row, padded with -inf,
+// as a last block of one register.  One column can be left out of a block: it then reads as -inf too.
 template <typename S>
 class BlockReader {
  public:
   using T = typename Storage<S>::Arithmetic;
+  static constexpr int kLanes = Lanes<T>::kCount;
+  static_assert(kBlock % (4 * kLanes) == 0, "blocks are whole registers");
 
-  BlockReader(const S* row, int64_t columns) : row_(row), columns_(columns) {}
+  BlockReader(const S* row, int64_t columns) : row_(row), columns_(columns) { rewind(); }
 
-  // Makes block [start, start + kBlock) current; columns past the end read as -inf.
-  void open(int64_t start) {
-    start_ = start;
-    const int64_t left = columns_ - start;
-    size_ = left < kBlock ? left : kBlock;
-    values_ = row_ + start;
-    if (size_ % Lanes<T>::kCount != 0) copy();
-  }
+  void rewind() { start_ = end_ = 0; }
 
-  // Makes one column of the current block read as -inf: how the arg-max stays out of every sum.
-  void exclude(int64_t column) {
-    if (values_ != copy_) copy();
-    store_one(copy_ + (column - start_), -std::numeric_limits<double>::infinity());
-  }
-
-  int64_t registers() const { return (size_ + Lanes<T>::kCount - 1) / Lanes<T>::kCount; }
-  int64_t size() const { return size_; }
-  Vec<T> operator[](int64_t index) const { return load(values_ + index * Lanes<T>::kCount); }
-
-  // The first column of the current block that holds `value`.
-  int64_t find(T value) const {
-    for (int64_t i = 0; i < registers(); ++i) {
-      const Vec<T> x = (*this)[i];
-      for (int lane = 0; lane < Lanes<T>::kCount; ++lane) {
-        if (x[lane] == value) return start_ + i * Lanes<T>::kCount + lane;
-      }
+  // Makes the next block current; false at the end of the row.
+  bool next() {
+    start_ = end_;
+    if (start_ == columns_) return false;
+    excluded_ = -1;
+    const int64_t whole = columns_ - columns_ % kLanes;
+    if (start_ < whole) {
+      end_ = start_ + kBlock < whole ? start_ + kBlock : whole;
+      values_ = row_ + start_;
+    } else {
+      end_ = columns_;
+      for (int lane = 0; lane < kLanes; ++lane) store_one(tail_ + lane, -std::numeric_limits<double>::infinity());
+      memcpy(tail_, row_ + start_, static_cast<size_t>(end_ - start_) * sizeof(S));
+      values_ = tail_;
     }
-    return start_;
+    registers_ = (end_ - start_ + kLanes - 1) / kLanes;
+    return true;
+  }
+
+  bool contains(int64_t column) const { return column >= start_ && column < end_; }
+
+  // Leaves one column of the current block out: how the arg-max stays out of every sum.
+  void exclude(int64_t column) {
+    excluded_ = (column - start_) / kLanes;
+    patched_ = (*this)[excluded_];
+    patched_[(column - start_) % kLanes] = -std::numeric_limits<T>::infinity();
+  }
+
+  // body(register) for every register of the block.
+  template <typename Body>
+  CAREF_HD void for_each(Body body) const {
+    int64_t i = 0;
+    if (excluded_ >= 0) {
+      for (; i < excluded_; ++i) body((*this)[i]);
+      body(patched_);
+      ++i;
+    }
+    for (; i < registers_; ++i) body((*this)[i]);
+  }
+
+  // The largest value of the current block.  NaN never wins: it reaches the result through the sums.
+  T maximum() const {
+    constexpr int kChains = 4;  // a single chain would wait for the latency of each comparison
+    Vec<T> largest[kChains];
+    for (int chain = 0; chain < kChains; ++chain) largest[chain] = splat<T>(-std::numeric_limits<T>::infinity());
+    int64_t i = 0;
+    for (; i + kChains <= registers_; i += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) largest[chain] = larger((*this)[i + chain], largest[chain]);
+    }
+    for (; i < registers_; ++i) largest[0] = larger((*this)[i], largest[0]);
+    return lane_maximum<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
+  }
+
+  // The first column of the current block that holds `value`, its maximum.
+  int64_t find(T value) const {
+    int64_t i = 0;
+    while (i < registers_ - 1 && !any_equal<T>((*this)[i], value)) ++i;
+    const Vec<T> x = (*this)[i];
+    int lane = 0;
+    while (lane < kLanes - 1 && x[lane] != value) ++lane;
+    return start_ + i * kLanes + lane;
+  }
+
+  bool any_nan() const {
+    bool found = false;
+    for (int64_t i = 0; i < registers_; ++i) {
+      const Vec<T> x = (*this)[i];
+      for (int lane = 0; lane < kLanes; ++lane) found |= x[lane] != x[lane];
+    }
+    return found;
   }
 
  private:
-  void copy() {
-    memcpy(copy_, values_, static_cast<size_t>(size_) * sizeof(S));
-    for (int64_t i = size_; i < registers() * Lanes<T>::kCount; ++i) {
-      store_one(copy_ + i, -std::numeric_limits<double>::infinity());
-    }
-    values_ = copy_;
-  }
+  CAREF_HD Vec<T> operator[](int64_t index) const { return load(values_ + index * kLanes); }
 
   const S* row_;
   int64_t columns_;
-  int64_t start_ = 0;
-  int64_t size_ = 0;
+  int64_t start_, end_;
+  int64_t registers_ = 0;
+  int64_t excluded_ = -1;
   const S* values_ = nullptr;
-  alignas(kRegisterBytes) S copy_[kBlock];
+  Vec<T> patched_;
+  S tail_[kLanes];
 };
 
 }  // namespace caref::cpu::CAREF_ISA
