@@ -14,8 +14,7 @@ from .kernel_check import MMAP_THRESHOLD, REPETITIONS, KernelCheck, Measured
 from .training import Timing
 
 NO_ACCURACY = (
-    "No accuracy is shown: on {count} examples differences below about 30 points mean nothing, "
-    "and the model is at chance before training."
+    "Accuracy on {count} examples means nothing and is not shown: differences below about 30 points are chance."
 )
 _ANSWER_WIDTH = 96
 
@@ -53,7 +52,7 @@ class Report:
     total_seconds: float
 
     def text(self) -> str:
-        """The report as plain text, lines of at most 120 characters."""
+        """The report as plain text; lines of at most 120 characters, but for the table of ``explain``."""
         lines = ["caref_kernels demo", *(f"  {name}: {value}" for name, value in self.setting.items())]
         for heading, body in (
             ("1. Backends", self.backends.splitlines()),

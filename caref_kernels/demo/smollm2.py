@@ -56,7 +56,7 @@ def model_folder(note: Callable[[str], None]) -> Iterator[Path]:
         ValueError: the file is not the model that is expected.
     """
     source = find_gguf()
-    key = hashlib.sha256(f"{private_cache.sha256(source)} {_CONVERSION}".encode()).hexdigest()
+    key = cache_key(source)
     try:
         root = private_cache.private_root()
     except OSError as error:
@@ -80,6 +80,11 @@ def find_gguf() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModuleNotFoundError(f"{NAME} is not installed; install it with: {HOW_TO_INSTALL}")
+
+
+def cache_key(source: Path) -> str:
+    """The name of the cache entry: a hash of the file's content and of the conversion's version."""
+    return hashlib.sha256(f"{private_cache.sha256(source)} {_CONVERSION}".encode()).hexdigest()
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -3,11 +3,12 @@
 Nothing here needs more than the standard library.
 """
 
-from .data import DATASETS, Example, embedded_examples, load
+from .data import COS_E_VERSIONS, DATASETS, Example, embedded_examples, load
 from .formats import Answer, is_parsable, parse_answer, source_text, target_text
 from .sampling import sample_shots
 
 __all__ = [
+    "COS_E_VERSIONS",
     "DATASETS",
     "Answer",
     "Example",
