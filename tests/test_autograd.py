@@ -65,7 +65,9 @@ def test_scaled_loss_A03(backend, factor):
     for reduction in ("mean", "sum"):
         leaf = case.logits.clone().requires_grad_()
         plain = torch.autograd.grad(caref_loss(leaf, case.labels, reduction=reduction, backend=backend), leaf)[0]
-        scaled = torch.autograd.grad(caref_loss(leaf, case.labels, reduction=reduction, backend=backend) * factor, leaf)[0]
+        scaled = torch.autograd.grad(
+            caref_loss(leaf, case.labels, reduction=reduction, backend=backend) * factor, leaf
+        )[0]
         check_identity(scaled, plain * factor, "float32")
         if factor in (2.0, 0.25, -1.0, 0.0):
             assert torch.equal(scaled, plain * factor)

@@ -11,7 +11,15 @@ import torch
 from torch.nn import functional
 
 from caref_kernels import caref_loss, fused_sced
-from caref_kernels.testing import check_evaluation, check_gradient, check_identity, check_term, evaluate, make_case, oracle
+from caref_kernels.testing import (
+    check_evaluation,
+    check_gradient,
+    check_identity,
+    check_term,
+    evaluate,
+    make_case,
+    oracle,
+)
 
 BAD_LABELS = (5, 6, -1, -101, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63))
 
@@ -143,7 +151,9 @@ try:
 except ValueError:
     sys.exit(7)
 """
-    run = subprocess.run([sys.executable, *flag, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, *flag, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == 7, run.stderr
 
 
@@ -165,7 +175,9 @@ def test_every_row_ignored_L05_L06_L07(backend, dtype, reduction, num_items):
     assert torch.equal(leaf.grad, torch.zeros(3, 11, dtype=dtype))
 
 
-@pytest.mark.parametrize(("reduction", "expected"), [("mean", torch.tensor(math.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(0))])
+@pytest.mark.parametrize(
+    ("reduction", "expected"), [("mean", torch.tensor(math.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(0))]
+)
 def test_no_rows_L08(backend, reduction, expected):
     for shape in ((0, 7), (2, 0, 7)):
         leaf = torch.zeros(shape, requires_grad=True)

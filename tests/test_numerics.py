@@ -109,7 +109,9 @@ def test_noise_of_1e6_N05(backend):
 
 def _masked_columns(pattern: str, columns: int) -> torch.Tensor:
     masked = torch.zeros(columns, dtype=torch.bool)
-    masked[{"one": slice(5, 6), "first": slice(0, 1), "half": slice(1, None, 2), "tail": slice(700, None)}[pattern]] = True
+    masked[{"one": slice(5, 6), "first": slice(0, 1), "half": slice(1, None, 2), "tail": slice(700, None)}[pattern]] = (
+        True
+    )
     return masked
 
 
@@ -177,7 +179,8 @@ def test_poisoned_row_is_nan_alone_N08_N09_N10(backend, dtype, poison):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "extreme"), [(torch.bfloat16, 1e4), (torch.float16, 65504.0), (torch.float32, 3e38), (torch.float64, 1e300)]
+    ("dtype", "extreme"),
+    [(torch.bfloat16, 1e4), (torch.float16, 65504.0), (torch.float32, 3e38), (torch.float64, 1e300)],
 )
 def test_extreme_logits_N11(backend, dtype, extreme):
     logits = torch.tensor([[extreme, -extreme, 0.0], [0.0, extreme, -extreme], [0.0, 0.0, -extreme]], dtype=dtype)

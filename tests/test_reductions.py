@@ -73,8 +73,13 @@ def test_terms_add_up_R04(backend, reduction, weights):
         rows = getattr(exact, name) * counts
         expected = {"mean": rows.sum() / counts.sum(), "sum": rows.sum(), "none": rows}[reduction]
         check_identity(getattr(out, name), expected, "float32_terms", name)
-    check_identity(out.kl + out.entropy, (counts if reduction == "none" else counts.sum()) * math.log(300)
-                   if reduction != "mean" else torch.tensor(math.log(300)), "float32")
+    check_identity(
+        out.kl + out.entropy,
+        (counts if reduction == "none" else counts.sum()) * math.log(300)
+        if reduction != "mean"
+        else torch.tensor(math.log(300)),
+        "float32",
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -91,7 +96,9 @@ def test_terms_are_differentiable_R05(backend, reduction):
         check_gradient(gradient, expected[part] / scale, label=part)
     mixed = (2.0 * out.loss + 0.5 * out.kl - 3.0 * out.sced).sum()
     gradient = torch.autograd.grad(mixed, leaf)[0]
-    check_gradient(gradient, (2 * expected["loss"] + 0.5 * expected["kl"] - 3 * expected["sced"]) / scale, label="mixed")
+    check_gradient(
+        gradient, (2 * expected["loss"] + 0.5 * expected["kl"] - 3 * expected["sced"]) / scale, label="mixed"
+    )
 
 
 def test_micro_batches_R06(backend):

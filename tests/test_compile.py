@@ -1,0 +1,180 @@
+"""C: the operators under opcheck, and the loss under torch.compile and torch.export, bit for bit as in eager mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from caref_kernels import CarefLoss, caref_loss, fused_sced
+from caref_kernels.testing import make_case
+
+# torch's own compiler warns about itself here and there; the warnings of this package stay errors.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+OPS = torch.ops.caref_kernels
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _spec(columns, backend):
+    return (2.0, 1.0, columns, -100, True, backend)
+
+
+def _operands(dtype, layout, targets):
+    logits = make_case("lm_like", 6, 33, dtype, seed=1).logits
+    if layout == "3-D strided":
+        logits = torch.stack((logits, logits))[:, :3]
+    labels = {
+        "labels": torch.tensor([0, -100, 5, 7, 32, 1]),
+        "mask": torch.tensor([True, False, True, True, False, True]),
+        "none": None,
+    }[targets]
+    return logits, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("layout", "targets"), [("2-D", "labels"), ("2-D", "mask"), ("3-D strided", "none")])
+def test_opcheck_C01(backend, dtype, layout, targets):
+    """Schemas, fakes and dispatch of every operator; forward and backward are not differentiable themselves."""
+    logits, labels = _operands(dtype, layout, targets)
+    spec = _spec(33, backend)
+    terms, stats = OPS.forward(logits, labels, *spec)
+    torch.library.opcheck(OPS.forward.default, (logits, labels, *spec))
+    torch.library.opcheck(OPS.backward.default, (terms + 1, logits, labels, stats, *spec))
+    torch.library.opcheck(OPS.backward_.default, (terms + 1, logits.clone(), labels, stats, *spec))
+    divisor = torch.tensor(3.0, dtype=terms.dtype)
+    for per_row in (False, True):
+        torch.library.opcheck(OPS.reduce.default, (terms, divisor, [1.0, 0.1, 0.1], per_row))
+        torch.library.opcheck(OPS.reduce.default, (terms, None, [1.0, 0.1, 0.1], per_row))
+
+
+def _run(function, case, *arguments):
+    leaf = case.logits.clone().requires_grad_()
+    results = function(leaf, case.labels, *arguments)
+    tensors = results if isinstance(results, tuple) else (results,)
+    tensors[0].sum().backward()
+    return [*(tensor.detach() for tensor in tensors), leaf.grad]
+
+
+def _assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(torch.nan_to_num(a, nan=-7), torch.nan_to_num(b, nan=-7))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_inductor_gives_the_same_bits_C02(backend, reduction):
+    def step(logits, labels):
+        out = caref_loss(logits * 1.0, labels, reduction=reduction, return_terms=True, backend=backend)
+        return out.loss, out.ce, out.sced, out.kl
+
+    case = make_case("lm_like", 6, 50, seed=2, ignored=1)
+    _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True), case))
+
+
+def test_other_arguments_compile_C02(backend):
+    """Mask, number of items as a tensor, real exponents, 16 bits, 3-D: no graph break anywhere."""
+    valid = torch.tensor([[True, False, True], [True, True, False]])
+
+    def step(logits, labels, items):
+        rows = logits.view(2, 3, 50)
+        loss = caref_loss(rows, labels.view(2, 3), alpha=1.5, beta=0.5, num_items=items, backend=backend)
+        return loss + fused_sced(rows, valid=valid, vocab_size=60, backend=backend)
+
+    case = make_case("lm_like", 6, 50, torch.bfloat16, seed=3, ignored=1)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for items in (5.0, 9.0):
+        _assert_same(_run(step, case, torch.tensor(items)), _run(compiled, case, torch.tensor(items)))
+
+
+def test_dynamic_shapes_C02(backend):
+    """Ten shapes, rows first and then columns: at most two recompilations."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(logits, labels):
+        return caref_loss(logits, labels, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows, columns in (
+        (4, 50),
+        (5, 50),
+        (9, 50),
+        (17, 50),
+        (33, 50),
+        (33, 51),
+        (8, 99),
+        (7, 128),
+        (6, 129),
+        (5, 200),
+    ):
+        case = make_case("lm_like", rows, columns, seed=rows, ignored=1)
+        _assert_same(_run(step, case), _run(compiled, case))
+    assert counter.frame_count <= 3
+
+
+def test_second_backward_C03(backend):
+    def step(logits, labels):
+        return caref_loss(logits * 2, labels, backend=backend)
+
+    case = make_case("lm_like", 4, 50, seed=4)
+    leaf = case.logits.clone().requires_grad_()
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(leaf, case.labels)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], first)
+    assert torch.equal(first, _run(step, case)[-1])
+
+
+def test_logits_used_after_the_loss_C05(backend):
+    """Returned, and overwritten: the compiler must not let the gradient land in memory that is still needed."""
+
+    def step(logits, labels):
+        scores = logits * 1.0
+        loss = caref_loss(scores, labels, backend=backend)
+        kept = scores + 0.0
+        copy = scores.detach().clone().mul_(2.0)
+        return loss, kept, copy
+
+    case = make_case("lm_like", 4, 50, seed=5)
+    eager, compiled = _run(step, case), _run(torch.compile(step, fullgraph=True), case)
+    _assert_same(eager, compiled)
+    assert torch.equal(compiled[1], case.logits)
+
+
+def test_export_C06(backend):
+    """The exported program keeps the operator and its value; rows are dynamic."""
+    case = make_case("lm_like", 4, 50, seed=6, ignored=1)
+    module = CarefLoss(backend=backend)
+    rows = torch.export.Dim("rows", min=2)
+    shapes = {"logits": {0: rows}, "labels": {0: rows}}
+    program = torch.export.export(module, (case.logits, case.labels), dynamic_shapes=shapes)
+    assert any("caref_kernels.forward" in str(node.target) for node in program.graph.nodes)
+    for other in (case, make_case("lm_like", 9, 50, seed=7)):
+        assert torch.equal(program.module()(*other), module(*other))
+
+
+def test_requires_grad_changes_after_tracing_C07(backend):
+    def step(logits, labels):
+        return caref_loss(logits, labels, backend=backend)
+
+    case = make_case("lm_like", 4, 50, seed=8)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert not compiled(*case).requires_grad
+    _assert_same(_run(step, case), _run(compiled, case))
+
+
+def test_inplace_backward_is_refused_under_compile(backend):
+    def step(logits, labels):
+        return caref_loss(logits * 1.0, labels, inplace_backward=True, backend=backend)
+
+    case = make_case("lm_like", 4, 50, seed=9)
+    with pytest.raises(Exception, match="inplace_backward=True is not supported under torch.compile"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(case.logits.requires_grad_(), case.labels)

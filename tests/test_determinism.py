@@ -1,0 +1,81 @@
+"""Y18 and the promise of the same bits: from run to run, for any number of threads, in any company of rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from caref_kernels import caref_loss
+from caref_kernels.testing import evaluate, make_case
+
+SHAPES = ((1, 5000), (7, 1025), (130, 333), (5000, 17))
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _results(case, backend, **options):
+    leaf = case.logits.clone().requires_grad_()
+    out = caref_loss(leaf, case.labels, return_terms=True, backend=backend, **options)
+    out.loss.backward()
+    return [*(term.detach() for term in out), leaf.grad]
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_number_of_threads(fused_backend, shape, dtype):
+    case = make_case("lm_like", *shape, dtype, seed=1, ignored=1 if shape[0] > 1 else 0)
+    for options in ({"reduction": "mean"}, {"alpha": 1.5, "beta": 0.5, "reduction": "sum"}):
+        torch.set_num_threads(1)
+        expected = _results(case, fused_backend, **options)
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            for one, other in zip(expected, _results(case, fused_backend, **options), strict=True):
+                assert torch.equal(one, other), threads
+
+
+def test_run_to_run(backend):
+    case = make_case("lm_like", 33, 1025, seed=2, ignored=3)
+    expected = _results(case, backend)
+    for _ in range(5):
+        for one, other in zip(expected, _results(case, backend), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_row_does_not_depend_on_its_company_Y18(fused_backend):
+    case = make_case("lm_like", 12, 1500, seed=3)
+    whole = evaluate(*case, backend=fused_backend)
+    for row in range(12):
+        alone = evaluate(case.logits[row : row + 1], case.labels[row : row + 1], backend=fused_backend)
+        for name, term in alone.terms._asdict().items():
+            assert torch.equal(term, getattr(whole.terms, name)[row : row + 1]), name
+        for part, gradient in alone.gradients.items():
+            assert torch.equal(gradient, whole.gradients[part][row : row + 1]), part
+
+
+def test_process_to_process(fused_backend):
+    program = f"""
+import sys, torch
+from caref_kernels.testing import evaluate, make_case
+torch.set_num_threads(int(sys.argv[1]))
+terms, gradients, _ = evaluate(*make_case("lm_like", 9, 1025, seed=4), backend={fused_backend!r})
+bits = [tensor.flatten().view(torch.int32) for tensor in (*terms, *gradients.values())]
+weights = torch.arange(1, sum(map(len, bits)) + 1)
+sys.stdout.write(str(int((torch.cat(bits).long() * weights).sum())))
+"""
+    sums = {
+        subprocess.run(
+            [sys.executable, "-c", program, threads], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(sums) == 1
+    assert sums != {""}

@@ -1,0 +1,47 @@
+"""64 rows that a real language model produced (bfloat16, V = 49,152), with float64 values of another implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from caref_kernels.testing import check_evaluation, check_term, evaluate, evaluate_eager, oracle
+
+ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "logits" / "smollm2_cose_logits.safetensors"
+TERMS = ("ce", "sced", "kl", "entropy")
+TIED_MAXIMUM = 3
+
+
+@pytest.fixture(scope="module")
+def real():
+    safetensors = pytest.importorskip("safetensors.torch")
+    if not ROWS.is_file():
+        pytest.skip("the real rows are not here: ../shared/data/logits/smollm2_cose_logits.safetensors")
+    return safetensors.load_file(ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_terms_of_real_rows(backend, real, dtype):
+    """Against the values in the file, which share no code with this project."""
+    terms = evaluate(real["logits"].to(dtype), real["labels"], (), backend=backend).terms
+    for name in TERMS:
+        check_term(name, getattr(terms, name), real[name])
+
+
+def test_reference_agrees_with_the_file(real):
+    """Two float64 implementations; the same rows, so also the same tie rule at the maximum."""
+    terms = oracle(real["logits"][:16], real["labels"][:16], ()).terms
+    for name in TERMS:
+        check_term(name, getattr(terms, name), real[name][:16])
+
+
+def test_gradients_of_real_rows(backend, real):
+    """A quarter of the rows, those with several columns at the maximum among them, against oracle and eager."""
+    rows = torch.cat((torch.arange(0, 64, 6), (real["selection"] == TIED_MAXIMUM).nonzero().flatten())).unique()
+    logits, labels = real["logits"][rows], real["labels"][rows]
+    top = logits.max(-1, keepdim=True).values
+    assert ((logits == top).sum(-1) > 1).sum() >= 6
+    actual = evaluate(logits, labels, backend=backend)
+    check_evaluation(actual, oracle(logits, labels), evaluate_eager(logits, labels))

@@ -1,0 +1,230 @@
+"""P and L12-L14: one table of wrong calls.  Every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+
+from caref_kernels import CarefConfig, CarefLoss, SCEDLoss, backends, caref_loss, explain, fused_sced
+
+NAN, INF = math.nan, math.inf
+LOGITS = torch.zeros(2, 5)
+LABELS = torch.tensor([0, 1])
+
+
+def _loss(**options):
+    return lambda: caref_loss(LOGITS, LABELS, **{"backend": "reference", **options})
+
+
+def _sced(**options):
+    return lambda: fused_sced(LOGITS, **{"backend": "reference", **options})
+
+
+def _logits(logits, labels=LABELS):
+    return lambda: caref_loss(logits, labels, backend="reference")
+
+
+def _labels(labels, logits=LOGITS):
+    return lambda: caref_loss(logits, labels, backend="reference")
+
+
+ALPHA = r"alpha must be in \[1, 16\]; got {}"
+BETA = r"beta must be 0 or in \[0.1, 16\]; got {}"
+NUMBER = r"must be a Python float or int; got {}"
+# (id, call, exception, pattern)
+CALLS = [
+    ("P01", _loss(alpha=0.5), ValueError, ALPHA.format("0.5") + r" \(for alpha < 1 the gradient is infinite"),
+    ("P01", _sced(alpha=0.999), ValueError, ALPHA.format("0.999")),
+    ("P02", _loss(alpha=NAN), ValueError, ALPHA.format("nan")),
+    ("P02", _loss(alpha=INF), ValueError, ALPHA.format("inf")),
+    ("P02", _loss(alpha=17), ValueError, ALPHA.format("17")),
+    ("P02", _loss(alpha="2"), TypeError, "alpha " + NUMBER.format("'2'")),
+    ("P02", _loss(alpha=True), TypeError, "alpha " + NUMBER.format("True")),
+    ("P02", _loss(alpha=None), TypeError, "alpha " + NUMBER.format("None")),
+    ("P03", _loss(beta=-1), ValueError, BETA.format("-1")),
+    ("P03", _sced(beta=0.05), ValueError, BETA.format("0.05")),
+    ("P03", _loss(beta=17.0), ValueError, BETA.format("17.0")),
+    ("P03", _loss(beta=NAN), ValueError, BETA.format("nan")),
+    ("P03", _loss(beta=1j), TypeError, "beta " + NUMBER.format("1j")),
+    ("P04", _loss(alpha=torch.tensor(2.0)), TypeError, "gradients with respect to alpha are not provided"),
+    ("P04", _loss(beta=torch.tensor(1.0, requires_grad=True)), TypeError, "with respect to beta are not provided"),
+    ("P05", _loss(lambda_sced=-0.1), ValueError, "lambda_sced must be finite and >= 0; got -0.1"),
+    ("P05", _loss(lambda_kl=-1), ValueError, "lambda_kl must be finite and >= 0; got -1"),
+    ("P05", _loss(lambda_sced=NAN), ValueError, "lambda_sced must be finite and >= 0; got nan"),
+    ("P05", _loss(lambda_kl=INF), ValueError, "lambda_kl must be finite and >= 0; got inf"),
+    ("P05", _loss(lambda_kl="0"), TypeError, "lambda_kl " + NUMBER.format("'0'")),
+    ("P06", _loss(ignore_index=1.5), TypeError, "ignore_index must be an integer; got 1.5"),
+    ("P06", _loss(ignore_index="x"), TypeError, "ignore_index must be an integer; got 'x'"),
+    ("P06", _loss(ignore_index=2**63), ValueError, r"ignore_index must be in \[-9223372036854775808, .*; got 92233"),
+    ("P06", _loss(ignore_index=True), TypeError, "ignore_index must be an integer; got True"),
+    ("P07", _logits(torch.tensor(1.0)), ValueError, r"logits: expected shape \(..., V\).*got \(\)"),
+    ("P07", _logits(torch.zeros(5)), ValueError, r"logits: expected shape .*got \(5,\)"),
+    ("P07", _logits(torch.zeros(2, 0)), ValueError, r"logits: expected shape .*got \(2, 0\)"),
+    ("P07", _logits(torch.zeros(1, 1).expand(2, 2**24 + 1)), ValueError, r"V in \[1, 16777216\]; got \(2, 16777217\)"),
+    ("P08", _logits([[0.0, 1.0]]), TypeError, "logits: expected a dense torch.Tensor; got .*list"),
+    ("P08", _logits(torch.zeros(2, 5).numpy()), TypeError, "(?s)logits: expected a dense torch.Tensor; got .*ndarray"),
+    (
+        "P08",
+        _logits(torch.zeros(2, 5).to_sparse()),
+        TypeError,
+        "logits: expected a dense torch.Tensor; got .*sparse_coo",
+    ),
+    ("P08", _logits(None), TypeError, "logits: expected a dense torch.Tensor; got None"),
+    ("P08", _labels([0, 1]), TypeError, "labels: expected a torch.Tensor; got .*list"),
+    ("P08", _sced(valid=[1, 0]), TypeError, "valid: expected a torch.Tensor; got .*list"),
+    (
+        "D03",
+        _logits(torch.zeros(2, 5, dtype=torch.int64)),
+        TypeError,
+        "float16, bfloat16, float32, float64; got torch.int64",
+    ),
+    ("D03", _logits(torch.zeros(2, 5, dtype=torch.complex64)), TypeError, "logits: dtype must be one of .*complex64"),
+    ("D03", _logits(torch.zeros(2, 5, dtype=torch.float8_e4m3fn)), TypeError, "logits: dtype must be .*float8_e4m3fn"),
+    ("D03", _logits(torch.zeros(2, 5, dtype=torch.bool)), TypeError, "logits: dtype must be one of .*torch.bool"),
+    ("L11", _labels(LABELS.to(torch.uint8)), TypeError, r"labels: .*class indices \(int32 or int64\); got torch.uint8"),
+    ("L11", _labels(LABELS.to(torch.int16)), TypeError, "labels: .*class indices .*; got torch.int16"),
+    ("L12 P09", _labels(LABELS.float()), TypeError, "labels: .*class indices .*; got torch.float32"),
+    ("L12", _labels(LABELS.bool()), TypeError, "labels: .*class indices .*; got torch.bool"),
+    ("L12", _labels(LABELS.to(torch.complex64)), TypeError, "labels: .*class indices .*; got torch.complex64"),
+    ("P09", _labels(torch.zeros(2, 5, requires_grad=True)), TypeError, "labels: .*class indices .*; got torch.float32"),
+    ("L12", _sced(valid=torch.ones(2)), TypeError, "valid: expected a bool or integer mask; got torch.float32"),
+    ("L13", _labels(LABELS.to("meta")), ValueError, "labels: on meta, but logits are on cpu"),
+    (
+        "L13",
+        _sced(valid=torch.ones(2, dtype=torch.bool, device="meta")),
+        ValueError,
+        "valid: on meta, but logits are on cpu",
+    ),
+    (
+        "L14",
+        _labels(torch.zeros(3, dtype=torch.long)),
+        ValueError,
+        r"labels: expected shape \(2,\).*\(2, 5\); got \(3,\)",
+    ),
+    ("L14", _labels(LABELS.view(2, 1)), ValueError, r"labels: expected shape \(2,\) .*got \(2, 1\)"),
+    (
+        "L14",
+        _labels(LABELS.view(1, 2), torch.zeros(2, 1, 5)),
+        ValueError,
+        r"labels: expected shape \(2, 1\).*got \(1, 2\)",
+    ),
+    ("L14", _sced(valid=torch.ones(5, dtype=torch.bool)), ValueError, r"valid: expected shape \(2,\).*got \(5,\)"),
+    ("P10", _loss(vocab_size=0), ValueError, r"vocab_size must be in \[1, .*got 0"),
+    ("P10", _loss(vocab_size=-1), ValueError, r"vocab_size must be in \[1, .*got -1"),
+    ("P10", _loss(vocab_size=1.5), TypeError, "vocab_size must be an integer; got 1.5"),
+    ("P10", _sced(vocab_size=51), ValueError, r"vocab_size must be in .*\[1, 50\] for logits of 5 columns; got 51"),
+    ("P12 R02", _loss(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
+    ("P12", _loss(reduction="Mean"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'Mean'"),
+    ("P12", _sced(reduction=None), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got None"),
+    ("P13", _loss(num_items=0), ValueError, "num_items must be finite and > 0; got 0"),
+    ("P13", _loss(num_items=-2.0), ValueError, "num_items must be finite and > 0; got -2.0"),
+    ("P13", _loss(num_items=INF), ValueError, "num_items must be finite and > 0; got inf"),
+    ("P13", _loss(num_items=torch.tensor(NAN)), ValueError, "num_items must be finite and > 0; got nan"),
+    ("P13", _loss(num_items=torch.tensor(0)), ValueError, "num_items must be finite and > 0; got 0"),
+    ("P13", _loss(num_items=torch.ones(1)), ValueError, r"num_items: expected a real 0-D tensor; got .*\(1,\)"),
+    ("P13", _loss(num_items=torch.tensor(2.0, device="meta")), ValueError, "num_items: on meta, but logits are on cpu"),
+    ("P13", _loss(num_items="7"), TypeError, "num_items: expected a number or a 0-D tensor; got '7'"),
+    ("P13", _loss(num_items=True), TypeError, "num_items: expected a number or a 0-D tensor; got True"),
+    (
+        "P13",
+        _loss(num_items=4, reduction="sum"),
+        ValueError,
+        "num_items replaces the divisor of reduction='mean'.*'sum'",
+    ),
+    ("P13", _sced(num_items=4, reduction="none"), ValueError, "num_items replaces .*reduction='none'"),
+    ("P14", _loss(gamma=1.0), TypeError, "gamma"),
+    ("P14", lambda: caref_loss(LOGITS, LABELS, 2.0), TypeError, "positional"),
+    ("P14", lambda: fused_sced(LOGITS, None), TypeError, "positional"),
+    ("P15", _loss(backend="gpu"), ValueError, "backend must be 'auto' or one of .*'reference'; got 'gpu'"),
+    ("P15", _loss(backend=3), TypeError, "backend must be a string; got 3"),
+    ("P15", _loss(backend=None), TypeError, "backend must be a string; got None"),
+    ("A11", _loss(inplace_backward=1), TypeError, "inplace_backward must be True or False; got 1"),
+    ("R04", _loss(return_terms="yes"), TypeError, "return_terms must be True or False; got 'yes'"),
+    ("P14", lambda: CarefConfig(2.0), TypeError, "positional"),
+    ("P14", lambda: CarefLoss(CarefConfig(), alpha=2.0), TypeError, r"not both; got \['alpha'\]"),
+    ("P14", lambda: CarefLoss({"alpha": 2.0}), TypeError, r"config must be a CarefConfig; got \{'alpha': 2.0\}"),
+    ("P14", lambda: SCEDLoss(lambda_kl=0.1), TypeError, "SCEDLoss has no option 'lambda_kl'"),
+    ("P01", lambda: CarefLoss(alpha=0.5), ValueError, ALPHA.format("0.5")),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "pattern"), [pytest.param(*row[1:], id=f"{row[0]}-{i}") for i, row in enumerate(CALLS)]
+)
+def test_wrong_call_P_L(call, error, pattern):
+    with pytest.raises(error, match=pattern) as caught:
+        call()
+    assert caught.type is error
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_logits_P08(layout):
+    nested = torch.nested.nested_tensor([torch.zeros(2, 5), torch.zeros(1, 5)], layout=layout)
+    with pytest.raises(TypeError, match="logits: expected a dense torch.Tensor"):
+        caref_loss(nested, LABELS, backend="reference")
+
+
+def test_boundaries_are_allowed_P01_P03_P10(backend):
+    for options in (
+        {"alpha": 1}, {"alpha": 16.0}, {"beta": 0}, {"beta": 0.1}, {"beta": 16}, {"lambda_sced": 0}, {"lambda_kl": 1e6},
+        {"vocab_size": 1}, {"vocab_size": 50}, {"ignore_index": -(2**63)}, {"ignore_index": 2**63 - 1},
+        {"num_items": 1e-3}, {"num_items": torch.tensor(3)},
+    ):  # fmt: skip
+        assert torch.isfinite(caref_loss(LOGITS, LABELS, backend=backend, **options)), options
+
+
+def test_backend_that_cannot_run_P15():
+    """An explicit choice raises with its reason and the ones that could; nothing falls back."""
+    meta = torch.zeros(2, 5, device="meta")
+    for name in backends.ORDER:
+        reason = backends.get(name).unsupported(meta)
+        if reason is not None:
+            with pytest.raises(
+                NotImplementedError, match=f"backend '{name}' cannot run: .*available here: .*reference"
+            ):
+                fused_sced(meta, backend=name)
+
+
+def test_explain_names_every_backend_and_reason_B04(capsys):
+    meta = torch.zeros(2, 5, device="meta")
+    text = explain(meta)
+    assert capsys.readouterr().out == text + "\n"
+    for name in backends.ORDER:
+        reason = backends.get(name).unsupported(meta)
+        line = next(line for line in text.splitlines() if line.split()[0] == name)
+        assert (reason or "runs") in line
+    assert "float32 logits on cpu" in explain()
+
+
+def test_auto_takes_the_first_that_runs_P15():
+    first = next(name for name in backends.ORDER if backends.get(name).unsupported(LOGITS) is None)
+    if first == "reference":
+        pytest.skip("no fused backend runs here")
+    assert backends.select("auto", LOGITS) == first
+    assert torch.equal(caref_loss(LOGITS, LABELS), caref_loss(LOGITS, LABELS, backend=first))
+
+
+@pytest.mark.parametrize("case", ["leaf", "expanded", "strided columns", "4-D that does not collapse"])
+def test_inplace_backward_where_it_cannot_A11(backend, case):
+    base = torch.zeros(2, 3, 4, 10, requires_grad=True)
+    logits, pattern = {
+        "leaf": (torch.zeros(2, 5, requires_grad=True), "would overwrite a leaf that requires grad"),
+        "expanded": ((base * 1)[:1, 0, 0].expand(6, 10), r"cannot write expanded logits; got strides \(0, 1\)"),
+        "strided columns": ((base * 1)[0, 0, :, ::2], r"rows can be written where they lie .*strides \(10, 2\)"),
+        "4-D that does not collapse": ((base * 1).permute(2, 0, 1, 3), "rows can be written where they lie"),
+    }[case]
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    with pytest.raises(ValueError, match="inplace_backward=True .*" + pattern):
+        caref_loss(logits, labels, inplace_backward=True, backend=backend)
+
+
+def test_config_is_immutable_and_picklable():
+    config = CarefConfig(alpha=1.5, vocab_size=7)
+    with pytest.raises(AttributeError):
+        config.alpha = 3.0
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert pickle.loads(pickle.dumps(CarefLoss(config))).config == config
