@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -220,10 +221,8 @@ _ESNLI_FILES = {
 
 
 def _read_esnli(root: Path, split: str, version: str) -> list[Example]:  # noqa: ARG001
-    examples = []
-    for file in _esnli_files(root, _ESNLI_FILES[split]):
-        examples += [_esnli_example(record, split) for record in by_key(read_csv(file), "pairID").values()]
-    return examples
+    records = chain.from_iterable(map(read_csv, _esnli_files(root, _ESNLI_FILES[split])))
+    return [_esnli_example(record, split) for record in by_key(records, "pairID").values()]
 
 
 def _esnli_files(root: Path, groups: Sequence[tuple[str, ...]]) -> list[Path]:

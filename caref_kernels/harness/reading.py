@@ -130,13 +130,14 @@ def by_key(records: Iterator[Record], field: str) -> dict[str, Record]:
     """The records by the value of ``field``, in file order.
 
     Raises:
-        ValueError: the field is missing, or a value occurs twice; the message gives both lines.
+        ValueError: the field is missing, or a value occurs twice; the message gives both places.
     """
     result: dict[str, Record] = {}
     for record in records:
         key = record.text(field)
         if key in result:
-            raise record.fail(field, f"{_shorten(key)} occurs twice, first in line {result[key].line}")
+            first = result[key]
+            raise record.fail(field, f"{_shorten(key)} occurs twice, first at {first.path.name}:{first.line}")
         result[key] = record
     return result
 
