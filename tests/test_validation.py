@@ -34,7 +34,7 @@ def _labels(labels, logits=LOGITS):
 ALPHA = r"alpha must be in \[1, 16\]; got {}"
 BETA = r"beta must be 0 or in \[0.1, 16\]; got {}"
 NUMBER = r"must be a Python float or int; got {}"
-# (id, call, exception, pattern)
+# Of each wrong call: the catalogue id, how to make it, what it raises and the pattern of the message.
 CALLS = [
     ("P01", _loss(alpha=0.5), ValueError, ALPHA.format("0.5") + r" \(for alpha < 1 the gradient is infinite"),
     ("P01", _sced(alpha=0.999), ValueError, ALPHA.format("0.999")),
