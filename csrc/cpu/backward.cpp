@@ -119,6 +119,13 @@ void fill_row(S* out, int64_t columns, double value) {
   for (int64_t i = 0; i < columns; ++i) out[i] = element;
 }
 
+// Hardware prefetchers stop at the end of a page; a row is many.
+template <typename S>
+CAREF_HD void fetch_ahead(const S* place) {
+  constexpr uintptr_t kBytesAhead = 2048;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) + kBytesAhead));
+}
+
 template <typename S, typename Kind>
 void backward_row(const S* logits, S* out, int64_t columns, const RowBackward<typename Storage<S>::Arithmetic>& row,
                   const Target& target, const Exponents& exponents) {
@@ -133,7 +140,11 @@ void backward_row(const S* logits, S* out, int64_t columns, const RowBackward<ty
                        : 0.0;
   const ColumnGradient<S, T, Kind> gradient(row, exponents);
   const int64_t whole = columns - columns % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store(out + i, gradient(load(logits + i)));
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    fetch_ahead(logits + i);
+    fetch_ahead(out + i);
+    store(out + i, gradient(load(logits + i)));
+  }
   if (whole < columns) {
     const size_t tail = static_cast<size_t>(columns - whole) * sizeof(S);
     S lanes[kLanes] = {};
