@@ -93,11 +93,9 @@ class Report:
             if arm.timing is not None:
                 lines.append(f"  {arm.name:<12}{arm.timing.step_seconds:.2f} s per step, {_loss_part(arm.timing)}")
         rest = cost.timing.step_seconds - cost.timing.loss_seconds
+        lines.append(f"  on the {cost.timing.rows} rows of the last step of {cost.arm} the loss would have taken")
         for name, seconds in (("eager", cost.eager_seconds), ("cross-entropy alone", cost.cross_entropy_seconds)):
-            share = 100 * seconds / (rest + seconds)
-            lines.append(
-                f"  {name} on the {cost.timing.rows} rows of a step: {1e3 * seconds:.1f} ms, {share:.1f} % of it"
-            )
+            lines.append(f"    {name:<22}{1e3 * seconds:.1f} ms, {100 * seconds / (rest + seconds):.1f} % of the step")
         lines.append(f"  medians; whole run {self.total_seconds:.0f} s")
         return lines
 
@@ -160,4 +158,6 @@ def _loss_part(timing: Timing) -> str:
 def _printable(text: str) -> str:
     """``text`` on one line, without control characters (a model may generate any), shortened."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if not line:
+        return "(nothing)"
     return line if len(line) <= _ANSWER_WIDTH else line[: _ANSWER_WIDTH - 3] + "..."
