@@ -1,7 +1,8 @@
 """Builds caref_kernels._C from csrc/ without torch: plain C++ compiled by ninja, linked as a Python module.
 
 The CPU kernels are compiled once per instruction set; the module picks one at run time.  Without a C++ compiler the
-package installs as pure Python and runs its reference backend.  CAREF_SANITIZE=1 builds with AddressSanitizer and UBSan.
+package installs as pure Python and runs its reference backend.  CAREF_SANITIZE=1 builds with AddressSanitizer and
+UBSan; CXX and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-BASE_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
+BASE_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
+)
 SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined -g"
 PLAIN_SOURCES = ("bindings.cpp", "cpu/launch.cpp")
 KERNEL_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp")
@@ -56,7 +59,9 @@ class NinjaBuild(build_ext):
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"building caref_kernels._C failed ({' '.join(command)}); see the compiler output") from error
+            raise SystemExit(
+                f"building caref_kernels._C failed ({' '.join(command)}); see the compiler output"
+            ) from error
 
     def _rules(self, target: Path) -> str:
         import pybind11

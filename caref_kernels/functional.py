@@ -285,5 +285,6 @@ def _check_inplace(logits: Tensor, rows: Tensor) -> None:
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a {value.layout} tensor of shape {tuple(value.shape) if not value.is_nested else '(nested)'}, {value.dtype}"
+        shape = "(nested)" if value.is_nested else tuple(value.shape)
+        return f"a {value.layout} tensor of shape {shape}, {value.dtype}"
     return f"{value!r:.80} of type {type(value).__name__}"

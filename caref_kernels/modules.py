@@ -32,9 +32,7 @@ class CarefLoss(_ConfiguredLoss):
         TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`caref_loss`.
     """
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None
-    ) -> Tensor | CarefOutput:
+    def forward(self, logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.caref_loss` for shapes, dtypes, errors, precision and memory."""
         return caref_from_config(logits, labels, num_items, self.config)
 
@@ -56,8 +54,6 @@ class SCEDLoss(_ConfiguredLoss):
             raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")
         super().__init__(config, **options) if config is not None else super().__init__(lambda_sced=1.0, **options)
 
-    def forward(
-        self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None) -> Tensor:
         """See :func:`caref_kernels.fused_sced` for shapes, dtypes, errors, precision and memory."""
         return sced_from_config(logits, valid, num_items, self.config)

@@ -17,7 +17,8 @@ to 1 all the information is in r, and ``d = 1 + r`` has already lost it: with 1 
 ``lse`` or ``d`` in float32 is wrong by 100 %.  Only the arg-max column can have p > 1/2, so only one column needs the
 special form.  It must be exactly one column: rows with a tied maximum keep the other tied columns in r.
 
-**The gradient.**  Write f(p) = (p|L|)^alpha (1-p)^beta, f' = df/dp (``sced_slope`` is q f') and G = sum_{v != a} p_v f'_v.
+**The gradient.**  Write f(p) = (p|L|)^alpha (1-p)^beta, f' = df/dp (``sced_slope`` is q f') and
+G = sum_{v != a} p_v f'_v.
 
     dSCED/dz_j = p_j (f'_j - G - p_a f'_a)      j != a
     dSCED/dz_a = p_a (q_a f'_a - G)             q_a = r / d

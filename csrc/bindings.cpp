@@ -19,11 +19,12 @@ namespace {
 const void* as_pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
 template <typename P>
-auto pointer_property(P RowParams::*field) {
-  return std::make_pair([field](const RowParams& params) { return reinterpret_cast<uintptr_t>(params.*field); },
-                        [field](RowParams& params, uintptr_t address) {
-                          params.*field = const_cast<P>(static_cast<const void*>(as_pointer(address)));
-                        });
+auto pointer_property(P RowParams::* field) {
+  return std::make_pair(
+      [field](const RowParams& params) { return reinterpret_cast<uintptr_t>(params.*field); },
+      [field](RowParams& params, uintptr_t address) {
+        params.*field = const_cast<P>(static_cast<const void*>(as_pointer(address)));
+      });
 }
 
 void require(bool condition, const char* message) {
@@ -34,12 +35,15 @@ void require(bool condition, const char* message) {
 void check(const RowParams& params, bool is_backward) {
   require(params.outer_rows >= 0 && params.inner_rows >= 0, "rows must be >= 0");
   if (params.rows() == 0) return;
-  require(params.columns > 0 && params.columns <= (int64_t{1} << 24), "columns must be in [1, 16777216]");
+  require(params.columns > 0 && params.columns <= (int64_t{1} << 24),
+          "columns must be in [1, 16777216]");
   require(params.vocab_size > 0, "vocab_size must be >= 1");
   require(params.threads > 0, "threads must be >= 1");
   require(params.logits && params.stats, "logits and stats must not be null");
-  require(params.logits_dtype >= DType::kFloat32 && params.logits_dtype <= DType::kFloat16, "logits: unknown dtype");
-  require(params.targets_dtype == DType::kNone || params.targets_dtype >= DType::kInt32, "targets: unknown dtype");
+  require(params.logits_dtype >= DType::kFloat32 && params.logits_dtype <= DType::kFloat16,
+          "logits: unknown dtype");
+  require(params.targets_dtype == DType::kNone || params.targets_dtype >= DType::kInt32,
+          "targets: unknown dtype");
   require(params.targets_dtype == DType::kNone || params.targets, "targets must not be null");
   require(is_backward ? params.grad_terms && params.grad_logits : params.terms != nullptr,
           "an output or gradient pointer is null");
@@ -48,9 +52,10 @@ void check(const RowParams& params, bool is_backward) {
 void check_labels(const RowParams& params) {
   const caref::cpu::BadLabel bad = caref::cpu::find_bad_label(params);
   if (bad.row < 0) return;
-  throw std::out_of_range("labels: target " + std::to_string(bad.value) + " at row " + std::to_string(bad.row) +
-                          " is out of range [0, " + std::to_string(params.columns) + ") and is not ignore_index=" +
-                          std::to_string(params.ignore_index));
+  throw std::out_of_range("labels: target " + std::to_string(bad.value) + " at row " +
+                          std::to_string(bad.row) + " is out of range [0, " +
+                          std::to_string(params.columns) +
+                          ") and is not ignore_index=" + std::to_string(params.ignore_index));
 }
 
 caref::cpu::KernelSet kernels = caref::cpu::select_kernels();
@@ -64,7 +69,8 @@ void run_forward(const RowParams& params) {
 
 void run_backward(const RowParams& params) {
   check(params, true);
-  check_labels(params);  // again: the labels may have changed since the forward, and they form addresses
+  check_labels(
+      params);  // again: the labels may have changed since the forward, and they form addresses
   const py::gil_scoped_release release;
   caref::cpu::run(kernels.backward, params);
 }

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-// Host and device, and always inlined: the CPU kernels are compiled once per instruction set, and an
-// out-of-line copy of a shared function would be merged across them by the linker.
+// Host and device, and always inlined: the CPU kernels are compiled once per instruction set, and
+// an out-of-line copy of a shared function would be merged across them by the linker.
 #if defined(__CUDACC__)
 #define CAREF_HD __host__ __device__ __forceinline__
 #else
@@ -42,8 +42,8 @@ enum Statistic : int {
 
 // Row i of the N = outer_rows * inner_rows rows lies at
 //   (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride   elements from `logits`,
-// its columns next to one another.  Terms and statistics are contiguous, in float (double for double
-// logits).  grad_logits may be the logits themselves.
+// its columns next to one another.  Terms and statistics are contiguous, in float (double for
+// double logits).  grad_logits may be the logits themselves.
 struct RowParams {
   const void* logits = nullptr;
   DType logits_dtype = DType::kFloat32;

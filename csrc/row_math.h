@@ -89,17 +89,17 @@ CAREF_HD constexpr int binomial(int n, int k) {
   return value;
 }
 
-// One pass over the row for even alpha = A and integer beta = B.  With A_{k,j} the sum over v != a of
-// e^{k y} y^j, and M_{k,j} that of p^k L^j, the binomial theorem gives
-//   SCED  = sum_b (-1)^b C(B,b)   M_{A+b,A}                               (without the arg-max column)
-//   G     = sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]
+// One pass over the row for even alpha = A and integer beta = B.  With A_{k,j} the sum over v != a
+// of e^{k y} y^j, and M_{k,j} that of p^k L^j, the binomial theorem gives
+//   SCED  = sum_b (-1)^b C(B,b)   M_{A+b,A}                               (without the arg-max
+//   column) G     = sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]
 // The sums do not depend on c, so one pass suffices, and they merge under a change of the maximum.
 template <int A, int B>
 struct Moments {
   static constexpr int kAlpha = A;
   static constexpr int kBeta = B;
-  static constexpr int kPowers = A + 1;              // j = 0 .. A
-  static constexpr int kCount = (B + 1) * kPowers;   // k = A .. A + B
+  static constexpr int kPowers = A + 1;             // j = 0 .. A
+  static constexpr int kCount = (B + 1) * kPowers;  // k = A .. A + B
   double sum[kCount];
 
   CAREF_HD void clear() {
@@ -161,9 +161,9 @@ struct Moments {
   }
 };
 
-// What one row's backward needs in registers, made once per row from its statistics.  c is rounded to
-// T here, in the forward and in the backward alike: G must belong to the c that the elements use, or
-// near-uniform rows lose three digits of their gradient.
+// What one row's backward needs in registers, made once per row from its statistics.  c is rounded
+// to T here, in the forward and in the backward alike: G must belong to the c that the elements
+// use, or near-uniform rows lose three digits of their gradient.
 template <typename T>
 struct RowConstants {
   double residual;

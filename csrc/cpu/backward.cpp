@@ -17,7 +17,8 @@ struct RowBackward {
   double grad_ce, grad_sced, grad_kl;
   double top_slope = 0.0;  // q_a p_a f'_a
 
-  RowBackward(const RowParams& params, int64_t row, const Target& target, const Exponents& exponents)
+  RowBackward(const RowParams& params, int64_t row, const Target& target,
+              const Exponents& exponents)
       : RowBackward(static_cast<const T*>(params.stats) + row * kNumStatistics,
                     static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride,
                     params.grad_term_stride, static_cast<double>(params.vocab_size)) {
@@ -25,17 +26,20 @@ struct RowBackward {
     if (!params.with_sced || is_one_hot(static_cast<T>(constants.residual))) {
       grad_sced = 0.0;
     } else {
-      top_slope = constants.p_top * sced_slope<double>(constants.p_top, -constants.c, constants.q_top, exponents);
+      top_slope = constants.p_top *
+                  sced_slope<double>(constants.p_top, -constants.c, constants.q_top, exponents);
     }
   }
 
   // The gradient of column `column`, whose shift is y, in double.
   double one(int64_t column, double y, const Target& target, const Exponents& exponents) const {
     const bool is_top = column == argmax, is_label = target.has_label && column == target.label;
-    const double e = is_top ? 1.0 : exp(y), p = e / constants.d, q = is_top ? constants.q_top : 1.0 - p;
+    const double e = is_top ? 1.0 : exp(y), p = e / constants.d,
+                 q = is_top ? constants.q_top : 1.0 - p;
     double sced = 0.0;
     if (grad_sced != 0.0) {
-      const double own = is_top ? top_slope : p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
+      const double own =
+          is_top ? top_slope : p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
       sced = own - p * slope_sum - (is_top ? 0.0 : e / constants.residual * top_slope);
     }
     return grad_ce * (is_label ? -q : p) + grad_sced * sced + grad_kl * p * (y - mean_shift);
@@ -72,7 +76,8 @@ CAREF_HD V even_slope(V p, V log_ratio) {
 template <typename S, typename T, typename Kind>
 struct ColumnGradient {
   T maximum, inverse_d, c, constant, kl, sced;
-  T share, top_slope;  // grad_sced * q_a p_a f'_a * e / r, kept apart where the product could overflow
+  T share,
+      top_slope;  // grad_sced * q_a p_a f'_a * e / r, kept apart where the product could overflow
   const Exponents& exponents;
 
   ColumnGradient(const RowBackward<T>& row, const Exponents& all)
@@ -123,21 +128,24 @@ void fill_row(S* out, int64_t columns, double value) {
 template <typename S>
 CAREF_HD void fetch_ahead(const S* place) {
   constexpr uintptr_t kBytesAhead = 2048;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) + kBytesAhead));
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) + kBytesAhead));
 }
 
 template <typename S, typename Kind>
-void backward_row(const S* logits, S* out, int64_t columns, const RowBackward<typename Storage<S>::Arithmetic>& row,
-                  const Target& target, const Exponents& exponents) {
+void backward_row(const S* logits, S* out, int64_t columns,
+                  const RowBackward<typename Storage<S>::Arithmetic>& row, const Target& target,
+                  const Exponents& exponents) {
   using T = typename Storage<S>::Arithmetic;
   constexpr int kLanes = Lanes<T>::kCount;
   const double maximum = static_cast<double>(row.maximum);
   // The two columns that need their own form, before the row may be overwritten in place.
   const double top = row.one(row.argmax, 0.0, target, exponents);
   const double label =
-      target.has_label ? row.one(target.label, static_cast<double>(load_one(logits + target.label)) - maximum, target,
-                                 exponents)
-                       : 0.0;
+      target.has_label
+          ? row.one(target.label, static_cast<double>(load_one(logits + target.label)) - maximum,
+                    target, exponents)
+          : 0.0;
   const ColumnGradient<S, T, Kind> gradient(row, exponents);
   const int64_t whole = columns - columns % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
@@ -181,7 +189,9 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 void backward(const RowParams& params, int64_t begin, int64_t end) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) { backward_rows<decltype(storage), decltype(kind)>(params, begin, end); });
+    visit_exponents(params, [&](auto kind) {
+      backward_rows<decltype(storage), decltype(kind)>(params, begin, end);
+    });
   });
 }
 

@@ -12,7 +12,7 @@ template <typename T, typename Kind>
 struct RowSums {
   T maximum = -std::numeric_limits<T>::infinity();
   int64_t argmax = 0;
-  double residual = 0.0;    // sum e^y
+  double residual = 0.0;      // sum e^y
   double first_moment = 0.0;  // sum e^y y
   bool is_nan = false;
   WideSum<T> wide_residual, wide_first_moment;
@@ -76,7 +76,8 @@ void take_wide(RowSums<T, Kind>& sums) {
   }
 }
 
-// The maximum rises: everything so far is seen from the new one, and the old maximum joins the sums.
+// The maximum rises: everything so far is seen from the new one, and the old maximum joins the
+// sums.
 template <typename T, typename Kind>
 void raise_maximum(RowSums<T, Kind>& sums, T maximum, int64_t argmax) {
   take_wide(sums);
@@ -157,7 +158,8 @@ void write_row(const RowParams& params, int64_t row, const double (&terms)[kNumT
 }
 
 template <typename S, typename Kind>
-void forward_row(const RowParams& params, const Exponents& exponents, int64_t row, const Target& target) {
+void forward_row(const RowParams& params, const Exponents& exponents, int64_t row,
+                 const Target& target) {
   using T = typename Storage<S>::Arithmetic;
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
@@ -182,7 +184,8 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   stats[kMeanShift] = mean_shift;
   terms[kKl] = mean_shift - c;
   if (target.has_label) {
-    const double y = static_cast<double>(load_one(logits + target.label)) - static_cast<double>(sums.maximum);
+    const double y =
+        static_cast<double>(load_one(logits + target.label)) - static_cast<double>(sums.maximum);
     terms[kCe] = log1p(sums.residual) - y;
   }
   const T residual = static_cast<T>(sums.residual);
@@ -196,7 +199,8 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
         rest = sums.moments.sced(c, d);
         stats[kSlopeSum] = sums.moments.slope_sum(constants.c, constants.d);
       } else {
-        const ScedSums sced = sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
+        const ScedSums sced =
+            sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
         rest = sced.density;
         stats[kSlopeSum] = sced.slope;
       }
@@ -223,7 +227,9 @@ void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 void forward(const RowParams& params, int64_t begin, int64_t end) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) { forward_rows<decltype(storage), decltype(kind)>(params, begin, end); });
+    visit_exponents(params, [&](auto kind) {
+      forward_rows<decltype(storage), decltype(kind)>(params, begin, end);
+    });
   });
 }
 

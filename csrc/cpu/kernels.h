@@ -16,8 +16,8 @@ struct KernelSet {
   RowRangeKernel backward;
 };
 
-#define CAREF_DECLARE_KERNELS(isa)                          \
-  namespace isa {                                           \
+#define CAREF_DECLARE_KERNELS(isa)                             \
+  namespace isa {                                              \
   void forward(const RowParams&, int64_t begin, int64_t end);  \
   void backward(const RowParams&, int64_t begin, int64_t end); \
   }
@@ -39,7 +39,8 @@ struct BadLabel {
 };
 BadLabel find_bad_label(const RowParams& params);
 
-// Run a kernel over all rows with params.threads threads.  The result does not depend on their number.
+// Run a kernel over all rows with params.threads threads.  The result does not depend on their
+// number.
 void run(RowRangeKernel kernel, const RowParams& params);
 
 }  // namespace caref::cpu

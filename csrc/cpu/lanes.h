@@ -85,7 +85,8 @@ CAREF_HD Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// ---- loads and stores: T is the arithmetic type, the tag types are what memory holds ---------------
+// ---- loads and stores: T is the arithmetic type, the tag types are what memory holds
+// ---------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -135,7 +136,8 @@ CAREF_HD VecF load(const Float16* from) {
   const BitsF exponent = half & 0x7c00u;
   const BitsF rebased = ((half & 0x7fffu) << 13) + (112u << 23);
   const VecF subnormal =
-      __builtin_convertvector(bit_cast<Lanes<float>::Mask>(half & 0x3ffu), VecF) * 5.9604644775390625e-8f;
+      __builtin_convertvector(bit_cast<Lanes<float>::Mask>(half & 0x3ffu), VecF) *
+      5.9604644775390625e-8f;
   BitsF magnitude = exponent == 0u ? bit_cast<BitsF>(subnormal) : rebased;
   magnitude = exponent == 0x7c00u ? rebased + (112u << 23) : magnitude;
   return bit_cast<VecF>(magnitude | sign);
@@ -177,13 +179,15 @@ CAREF_HD void store_one(S* to, double value) {
   *to = lanes[0];
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------
+// ---- arithmetic
+// -------------------------------------------------------------------------------------
 
 // a > b ? a : b, so the second operand wins against NaN.  Compilers turn the select into one
 // instruction only under -ffast-math, which would also drop the NaN; x86 has exactly this one.
 CAREF_HD VecF larger(VecF a, VecF b) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a, b);  // plain _mm512_max_ps warns in GCC 12
+  return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a,
+                             b);  // plain _mm512_max_ps warns in GCC 12
 #elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
 #elif defined(__SSE2__)
@@ -261,8 +265,8 @@ CAREF_HD VecD logarithm(VecD x) {  // exactness before speed: float64 is for che
   return x;
 }
 
-// A sum in double, one partial sum a lane.  Blocks of the row are summed in float32 registers and then
-// added here, so that float32 rounding never accumulates over a row.
+// A sum in double, one partial sum a lane.  Blocks of the row are summed in float32 registers and
+// then added here, so that float32 rounding never accumulates over a row.
 template <typename T>
 struct WideSum {
   static constexpr int kParts = sizeof(double) / sizeof(T);
@@ -302,7 +306,8 @@ CAREF_HD T lane_maximum(Vec<T> x) {
   T lanes[Lanes<T>::kCount];
   store(lanes, x);
   for (int half = Lanes<T>::kCount / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   }
   return lanes[0];
 }

@@ -27,8 +27,8 @@ bool runs_here(const char* instruction_set) {
            __builtin_cpu_supports("avx512vl") && runs_here("x86-64-v3");
   }
   if (!strcmp(instruction_set, "x86-64-v3")) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   }
 #endif
   return !strcmp(instruction_set, "baseline");
@@ -71,7 +71,8 @@ const KernelSet& select_kernels(const char* name) {
 }
 
 BadLabel find_bad_label(const RowParams& params) {
-  if (params.targets_dtype != DType::kInt32 && params.targets_dtype != DType::kInt64) return {-1, 0};
+  if (params.targets_dtype != DType::kInt32 && params.targets_dtype != DType::kInt64)
+    return {-1, 0};
   const bool narrow = params.targets_dtype == DType::kInt32;
   for (int64_t row = 0; row < params.rows(); ++row) {
     const int64_t label = narrow ? static_cast<const int32_t*>(params.targets)[row]

@@ -1,4 +1,5 @@
-// What forward.cpp and backward.cpp share: how a row is seen, and the choice of a kernel for a call.
+// What forward.cpp and backward.cpp share: how a row is seen, and the choice of a kernel for a
+// call.
 #pragma once
 
 #include <cmath>
@@ -82,8 +83,9 @@ void visit_storage(DType dtype, Visitor visitor) {
 // float32 lane adds at most 256 elements (4 lanes) before its sum is folded into double.
 constexpr int64_t kBlock = 1024;
 
-// A row as the kernels read it: blocks of whole registers, and the tail of the row, padded with -inf,
-// as a last block of one register.  One column can be left out of a block: it then reads as -inf too.
+// A row as the kernels read it: blocks of whole registers, and the tail of the row, padded with
+// -inf, as a last block of one register.  One column can be left out of a block: it then reads as
+// -inf too.
 template <typename S>
 class BlockReader {
  public:
@@ -106,7 +108,8 @@ class BlockReader {
       values_ = row_ + start_;
     } else {
       end_ = columns_;
-      for (int lane = 0; lane < kLanes; ++lane) store_one(tail_ + lane, -std::numeric_limits<double>::infinity());
+      for (int lane = 0; lane < kLanes; ++lane)
+        store_one(tail_ + lane, -std::numeric_limits<double>::infinity());
       memcpy(tail_, row_ + start_, static_cast<size_t>(end_ - start_) * sizeof(S));
       values_ = tail_;
     }
@@ -135,15 +138,18 @@ class BlockReader {
     for (; i < registers_; ++i) visit(i, body);
   }
 
-  // The largest value of the current block.  NaN never wins: it reaches the result through the sums.
+  // The largest value of the current block.  NaN never wins: it reaches the result through the
+  // sums.
   T maximum() const {
     constexpr int kChains = 4;  // a single chain would wait for the latency of each comparison
     Vec<T> largest[kChains];
-    for (int chain = 0; chain < kChains; ++chain) largest[chain] = splat<T>(-std::numeric_limits<T>::infinity());
+    for (int chain = 0; chain < kChains; ++chain)
+      largest[chain] = splat<T>(-std::numeric_limits<T>::infinity());
     int64_t i = 0;
     for (; i + kChains <= registers_; i += kChains) {
 #pragma GCC unroll 4
-      for (int chain = 0; chain < kChains; ++chain) largest[chain] = larger((*this)[i + chain], largest[chain]);
+      for (int chain = 0; chain < kChains; ++chain)
+        largest[chain] = larger((*this)[i + chain], largest[chain]);
     }
     for (; i < registers_; ++i) largest[0] = larger((*this)[i], largest[0]);
     return lane_maximum<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
@@ -171,12 +177,13 @@ class BlockReader {
  private:
   CAREF_HD Vec<T> operator[](int64_t index) const { return load(values_ + index * kLanes); }
 
-  // Fetches the same place of the next block: the look for its maximum would otherwise wait for memory
-  // that has been idle during the arithmetic of this one.  An address past the row is harmless here.
+  // Fetches the same place of the next block: the look for its maximum would otherwise wait for
+  // memory that has been idle during the arithmetic of this one.  An address past the row is
+  // harmless here.
   template <typename Body>
   CAREF_HD void visit(int64_t index, Body& body) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values_ + index * kLanes) +
-                                                     kBlock * sizeof(S)));
+    __builtin_prefetch(reinterpret_cast<const void*>(
+        reinterpret_cast<uintptr_t>(values_ + index * kLanes) + kBlock * sizeof(S)));
     body((*this)[index]);
   }
 
