@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,3 +80,15 @@ sys.stdout.write(str(int((torch.cat(bits).long() * weights).sum())))
     }
     assert len(sums) == 1
     assert sums != {""}
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_calls_from_several_threads_at_once(backend):
+    """The compiled kernels run without the interpreter lock; they share nothing."""
+    cases = [make_case("lm_like", 16, 400, seed=seed) for seed in range(8)]
+    expected = [_results(case, backend) for case in cases]
+    torch.set_num_threads(2)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: _results(case, backend), cases * 3))
+    for one, other in zip(expected * 3, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -328,13 +328,17 @@ def test_plain_cross_entropy_N25(backend, reduction):
     check_gradient(leaf.grad, exact_leaf.grad)
 
 
-def test_weights_N26(backend):
-    """0 leaves a term out, 1e6 scales it."""
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1e6, 0.0), (0.0, 1e6), (0.3, 0.7)])
+def test_weights_N26(backend, weights):
+    """0 leaves a term out of value and gradient (and its work), 1e6 scales it."""
+    w_sced, w_kl = weights
     case = make_case("lm_like", 3, 1000, seed=14)
-    terms = oracle(*case, ()).terms
-    for w_sced, w_kl in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1e6, 0.0), (0.0, 1e6), (0.3, 0.7)):
-        loss = caref_loss(*case, lambda_sced=w_sced, lambda_kl=w_kl, reduction="none", backend=backend)
-        check_identity(loss, terms.ce + w_sced * terms.sced + w_kl * terms.kl, "float32", f"weights {w_sced} {w_kl}")
+    terms, exact, _ = oracle(*case)
+    leaf = case.logits.clone().requires_grad_()
+    loss = caref_loss(leaf, case.labels, lambda_sced=w_sced, lambda_kl=w_kl, reduction="none", backend=backend)
+    check_identity(loss.detach(), terms.ce + w_sced * terms.sced + w_kl * terms.kl, "float32")
+    loss.sum().backward()
+    check_gradient(leaf.grad, exact["ce"] + w_sced * exact["sced"] + w_kl * exact["kl"])
 
 
 def test_fused_sced_is_the_term_N26(backend):
