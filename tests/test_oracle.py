@@ -74,7 +74,7 @@ def test_reference_against_50_digits(name, alpha, beta):
     check_gradient(actual.gradients["loss"], torch.tensor([weighted], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("regime", ["normal_0.1", "normal_1", "normal_3", "lm_like", "zipf", "tied_maxima"])
+@pytest.mark.parametrize("regime", ["normal_1", "normal_3", "lm_like", "zipf", "tied_maxima"])
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 1.0), (3.0, 2.0), (1.5, 0.5)])
 def test_every_backend_against_the_composition(backend, regime, alpha, beta):
     """The plain composition in float64 is exact enough on rows that are not confident, and independent."""
