@@ -63,8 +63,9 @@ ELEMENT_ROUNDING = {
 }
 ELEMENT_REST = 2e-5
 EQUAL_SHARE = 0.99
-# A row whose gradient is smaller than this, or a float16 row with many subnormal entries, is held to the element rule.
+# A row whose gradient is smaller than this is held to the element rule instead of the norms.
 SMALL_NORM = 1e-10
+# A float16 row with more subnormal entries than this is not held to its row sum.
 SUBNORMAL_SHARE = 0.01
 # |sum of the gradient| / sum of |gradient| per row, 0 in exact arithmetic; 100 tied columns reach 2.6e-6.
 ROW_SUM = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-2}
