@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, ops
 from .config import RowSpec
@@ -43,9 +42,34 @@ class CarefFunction(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
         if grad_loss is None and grad_reduced is None:
             return None, None, None, None
-        if ctx.plan.backend == "reference" and torch.is_grad_enabled():
+        # Dynamo traces this with gradients enabled although it never differentiates it a second time.
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if create_graph and ctx.plan.backend == "reference":
             return _differentiable_backward(ctx, grad_loss, grad_reduced), None, None, None
-        return _fused_backward(ctx, grad_loss, grad_reduced), None, None, None
+        with torch.no_grad():
+            gradient = _fused_backward(ctx, grad_loss, grad_reduced)
+        if create_graph:
+            gradient = _RefuseSecondDerivative.apply(gradient, ctx.saved_tensors[0])
+        return gradient, None, None, None
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient that cannot be differentiated: an error later, never a silent constant.
+
+    torch's own ``once_differentiable`` lets the gradient pass for a constant when the incoming gradient is one, as in
+    ``torch.autograd.grad(loss, logits, create_graph=True)``.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor):  # noqa: ARG004
+        raise RuntimeError(
+            "caref_kernels: double backward (a second derivative) is not supported by the fused backends; "
+            "use backend='reference', which is differentiable twice"
+        )
 
 
 def _grad_terms(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, divisor: Tensor | None, rows: int):
@@ -59,7 +83,6 @@ def _grad_terms(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, divi
     return grad if ctx.plan.per_row else grad.expand(rows, -1)
 
 
-@once_differentiable
 def _fused_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
     logits, targets, divisor, stats = ctx.saved_tensors
     grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
@@ -75,4 +98,5 @@ def _fused_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) 
 def _differentiable_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
     logits, targets, divisor, stats = ctx.saved_tensors
     grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
-    return backends.get("reference").gradient(grad_terms, logits, targets, ctx.plan.spec)
+    spec = ctx.plan.spec.for_columns(logits.size(-1))
+    return backends.get("reference").gradient(grad_terms, logits, targets, spec)

@@ -26,9 +26,13 @@ class RowSpec(NamedTuple):
 
     alpha: float
     beta: float
-    vocab_size: int  # V of U = 1/V; the number of columns unless the user says otherwise
+    vocab_size: int  # V of U = 1/V; 0 stands for the number of columns, so that a traced graph fits any number
     ignore_index: int
     with_sced: bool  # False skips the divergence sums: its column of the terms is then 0
+
+    def for_columns(self, columns: int) -> RowSpec:
+        """With ``vocab_size`` as a number: what backends get."""
+        return self if self.vocab_size else self._replace(vocab_size=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +89,12 @@ class CarefConfig:
         Raises:
             ValueError: ``vocab_size`` is more than ten times the number of columns.
         """
-        vocab_size = columns if self.vocab_size is None else int(self.vocab_size)
-        if vocab_size > 10 * columns:
+        if self.vocab_size is not None and self.vocab_size > 10 * columns:
             raise ValueError(
                 f"vocab_size must be in [1, 10 * columns] = [1, {10 * columns}] for logits of {columns} columns; "
-                f"got {vocab_size}"
+                f"got {self.vocab_size}"
             )
+        vocab_size = 0 if self.vocab_size is None else int(self.vocab_size)
         with_sced = self.lambda_sced != 0 or self.return_terms
         return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced)
 

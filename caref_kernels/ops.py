@@ -33,7 +33,7 @@ def _num_rows(logits: Tensor) -> int:
 
 def _forward(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913
     spec = RowSpec(alpha, beta, vocab_size, ignore_index, with_sced)
-    return backends.get(backend).forward(logits, targets, spec)
+    return backends.get(backend).forward(logits, targets, spec.for_columns(logits.size(-1)))
 
 
 def _forward_fake(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913, ARG001
@@ -44,7 +44,8 @@ def _forward_fake(logits, targets, alpha, beta, vocab_size, ignore_index, with_s
 
 def _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend):  # noqa: PLR0913
     *spec, backend = spec_and_backend
-    backends.get(backend).backward(grad_terms, logits, targets, stats, RowSpec(*spec), out)
+    row_spec = RowSpec(*spec).for_columns(logits.size(-1))
+    backends.get(backend).backward(grad_terms, logits, targets, stats, row_spec, out)
 
 
 def _backward(grad_terms, logits, targets, stats, *spec_and_backend):
