@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 OBJECTIVE = "caref_kernels/objective.py"
@@ -14,7 +15,7 @@ TRANSFORMERS = "caref_kernels/integrations/transformers.py"
 
 
 class Mutant(NamedTuple):
-    """Replace ``old``, which occurs once in ``path``, by ``new``; ``tests`` (files, keyword) should then fail."""
+    """Replace ``old``, which occurs once in ``path``, by ``new``; a test of ``files`` and ``keyword`` should fail."""
 
     name: str
     mistake: str
@@ -31,6 +32,22 @@ class Mutant(NamedTuple):
     @property
     def is_control(self) -> bool:
         return self.mistake == "none"
+
+    def matches(self, text: str) -> list[re.Match[str]]:
+        """Where ``old`` is; in C++, where a formatter may break lines, any white space stands for any other."""
+        words = self.old.split() if self.needs_build else [self.old]
+        return list(re.finditer(r"\s+".join(map(re.escape, words)), text))
+
+    def applied(self, text: str) -> str:
+        """``text`` with the mistake.
+
+        Raises:
+            ValueError: ``old`` does not occur exactly once.
+        """
+        found = self.matches(text)
+        if len(found) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} must occur once in {self.path}; got {len(found)}")
+        return text[: found[0].start()] + self.new + text[found[0].end() :]
 
     def arguments(self) -> list[str]:
         """The pytest selection that should fail."""
@@ -137,7 +154,7 @@ ROWS = [
     *mutants(
         "an ignored row gets a term or a gradient",
         REFERENCE,
-        "labels",
+        "labels regressions",
         "(L09 or L10) and reference",
         ("ignored-row-has-terms", "return _finish(terms, counts)", "return terms"),
         ("ignored-row-has-gradient", "return _finish(gradient, counts).to", "return gradient.to"),
@@ -165,7 +182,7 @@ ROWS = [
         "mean over all rows",
         FUNCTIONAL,
         "reductions labels",
-        "R01 or L09",
+        "R01 or R06 or L09",
         ("mean-over-all-rows", "return counts.sum().to(dtype)", "return torch.ones_like(counts).sum().to(dtype)"),
         ("num-items-ignored", "    if num_items is not None:\n", "    if False:\n"),
     ),
@@ -218,7 +235,7 @@ ROWS = [
         "strides assumed",
         FUNCTIONAL,
         "layouts",
-        "S04",
+        "S01_to_S10",
         ("last-stride-assumed-1", "if logits.stride(-1) != 1 and", "if False and"),
     ),
     *mutants(

@@ -65,13 +65,13 @@ COMPILED = [
         "(N01 or N14) and cpu",
         (
             "c-tail-lanes-counted",
-            "store_one(copy_ + i, -std::numeric_limits<double>::infinity());\n    }",
-            "store_one(copy_ + i, 0.0);\n    }",
+            "store_one(tail_ + lane, -std::numeric_limits<double>::infinity());",
+            "store_one(tail_ + lane, 0.0);",
         ),
         (
-            "c-tail-lanes-skipped",
-            "return (size_ + Lanes<T>::kCount - 1) / Lanes<T>::kCount;",
-            "return size_ / Lanes<T>::kCount;",
+            "c-tail-skipped",
+            "registers_ = (end_ - start_ + kLanes - 1) / kLanes;",
+            "registers_ = (end_ - start_) / kLanes;",
         ),
     ),
     *mutants(
@@ -144,8 +144,14 @@ COMPILED = [
         FORWARD,
         "numerics",
         "N08_N09_N10 and cpu",
-        ("c-nan-before-a-maximum-lost", "sums.is_nan |= x[lane] != x[lane];", "sums.is_nan |= false;"),
         ("c-infinite-maximum-accepted", "!std::isfinite(sums.maximum) || sums.is_nan", "sums.is_nan"),
+    ),
+    *mutants(
+        "NaN swallowed",
+        ROWS,
+        "numerics",
+        "N08_N09_N10 and cpu",
+        ("c-nan-before-a-maximum-lost", "found |= x[lane] != x[lane];", "found |= false;"),
     ),
     *mutants(
         "rounded twice, truncated, or overflowing",

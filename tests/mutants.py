@@ -59,17 +59,15 @@ class Tree:
         environment = dict(os.environ, PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
         self._environment = {**environment, "MAX_JOBS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def plant(self, mutant: Mutant) -> None:
+    def plant(self, mutant: Mutant) -> str:
+        """Write the mistake; the text before it, to be given to ``restore``."""
         source = self.path / mutant.path
         text = source.read_text(encoding="utf-8")
-        if text.count(mutant.old) != 1:
-            raise ValueError(
-                f"mutant {mutant.name}: {mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.path}"
-            )
-        source.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        source.write_text(mutant.applied(text), encoding="utf-8")
+        return text
 
-    def restore(self, mutant: Mutant) -> None:
-        (self.path / mutant.path).write_text((ROOT / mutant.path).read_text(encoding="utf-8"), encoding="utf-8")
+    def restore(self, mutant: Mutant, text: str) -> None:
+        (self.path / mutant.path).write_text(text, encoding="utf-8")
 
     def build(self) -> str | None:
         """Compile the extension; the last line of the compiler's complaint, or ``None``."""
@@ -125,13 +123,20 @@ class Trial:
         tree = self._trees.get()
         start = time.perf_counter()
         try:
-            tree.plant(mutant)
-            error = tree.build() if mutant.needs_build else None
-            verdict, detail = ("unfair", f"does not compile: {error}") if error else self._judge(tree, mutant)
+            verdict, detail = self._try(tree, mutant)
+        except ValueError as error:
+            verdict, detail = "unfair", str(error)
         finally:
-            tree.restore(mutant)
             self._trees.put(tree)
         return Outcome(mutant, verdict, detail, time.perf_counter() - start)
+
+    def _try(self, tree: Tree, mutant: Mutant) -> tuple[str, str]:
+        original = tree.plant(mutant)
+        try:
+            error = tree.build() if mutant.needs_build else None
+            return ("unfair", f"does not compile: {error}") if error else self._judge(tree, mutant)
+        finally:
+            tree.restore(mutant, original)
 
     def _judge(self, tree: Tree, mutant: Mutant) -> tuple[str, str]:
         code, output = tree.test(mutant.arguments())

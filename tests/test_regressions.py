@@ -33,3 +33,19 @@ def test_row_offsets_beyond_32_bits_G01(backend, inplace):
     assert torch.equal(*losses)
     assert torch.equal(*gradients)
     assert gradients[0][1].count_nonzero() > 0
+
+
+def test_second_derivative_of_the_reference_passes_ignored_rows_L10():
+    """NaN in a row that does not count must not come back through a masked select."""
+    case = make_case("normal_1", 3, 7, torch.float64)
+    logits = case.logits.clone()
+    logits[1] = torch.nan
+    labels = case.labels.clone()
+    labels[1] = -100
+    leaf = logits.requires_grad_()
+    loss = caref_loss(leaf, labels, backend="reference")
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+    assert second[1].count_nonzero() == 0
+    assert torch.isfinite(second).all()
+    assert second[0].count_nonzero() > 0
