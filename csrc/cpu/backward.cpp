@@ -31,11 +31,19 @@ struct RowBackward {
     }
   }
 
-  // The gradient of column `column`, whose shift is y, in double.
-  double one(int64_t column, double y, const Target& target, const Exponents& exponents) const {
+  // Statistics are data: a row whose arg-max is no column, or whose residual is NaN, becomes NaN.
+  bool is_usable(int64_t columns) const {
+    return !std::isnan(constants.residual) && argmax >= 0 && argmax < columns;
+  }
+
+  // The gradient of column `column`, whose shift is `raw_shift`, in double.
+  double one(int64_t column, double raw_shift, const Target& target,
+             const Exponents& exponents) const {
     const bool is_top = column == argmax, is_label = target.has_label && column == target.label;
-    const double e = is_top ? 1.0 : exp(y), p = e / constants.d,
-                 q = is_top ? constants.q_top : 1.0 - p;
+    const bool is_empty = raw_shift < -700.0;  // e^y is 0 there, and y may be -inf
+    const double y = is_empty ? -700.0 : raw_shift;
+    const double e = is_top ? 1.0 : is_empty ? 0.0 : exp(y);
+    const double p = e / constants.d, q = is_top ? constants.q_top : 1.0 - p;
     double sced = 0.0;
     if (grad_sced != 0.0) {
       const double own =
@@ -48,7 +56,9 @@ struct RowBackward {
  private:
   RowBackward(const T* stats, const T* grads, int64_t stride, double vocab_size)
       : maximum(stats[kMaximum]),
-        argmax(static_cast<int64_t>(stats[kArgmax])),
+        argmax(stats[kArgmax] >= 0 && stats[kArgmax] < T(1 << 24)
+                   ? static_cast<int64_t>(stats[kArgmax])
+                   : -1),
         constants(stats[kResidual], vocab_size),
         mean_shift(stats[kMeanShift]),
         slope_sum(stats[kSlopeSum]),
@@ -177,7 +187,7 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
       continue;
     }
     const RowBackward<T> row(params, i, target, exponents);
-    if (std::isnan(row.constants.residual)) {
+    if (!row.is_usable(params.columns)) {
       fill_row(out, params.columns, std::numeric_limits<double>::quiet_NaN());
       continue;
     }
