@@ -108,8 +108,10 @@ def extensions() -> list[Extension]:
     if compiler() is None:
         sys.stderr.write("caref_kernels: no C++ compiler found; installing pure Python, without the CPU kernels\n")
         return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    return [Extension("caref_kernels._C", sources)]
+    sources, headers = (
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(f"*.{ending}")) for ending in ("cpp", "h")
+    )
+    return [Extension("caref_kernels._C", sources, depends=headers)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
