@@ -1,0 +1,106 @@
+"""The compiled kernels where the conformance suite does not reach: every instruction set, 16-bit formats, the twins."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from caref_kernels import backends, objective
+from caref_kernels.config import RowSpec
+from caref_kernels.testing import check_evaluation, check_identity, evaluate, evaluate_eager, make_case, oracle
+
+INSTRUCTION_SETS = ("x86-64-v4", "x86-64-v3", "baseline")
+# Below, at and beyond one register and one block (1024 columns) of every instruction set.
+WIDTHS = (1, 3, 4, 15, 16, 17, 1023, 1024, 1025, 2049)
+# One pass, two passes with whole and with fractional powers.
+EXPONENTS = ((2.0, 1.0), (4.0, 2.0), (2.0, 0.0), (3.0, 1.0), (1.5, 0.5))
+
+
+@pytest.fixture
+def compiled():
+    """The compiled module; a backend that cannot run is the conformance suite's business."""
+    reason = backends.get("cpu").unsupported(torch.empty(1, 2))
+    if reason is not None:
+        pytest.skip(reason)
+    from caref_kernels import _C
+
+    yield _C
+    _C.use_instruction_set("")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, compiled):
+    try:
+        compiled.use_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_instruction_sets_N01_N14(instruction_set, columns):
+    """Each has its own register width, so its own tail."""
+    case = make_case("normal_3", 3, columns, seed=columns)
+    check_evaluation(evaluate(*case, backend="cpu"), oracle(*case), evaluate_eager(*case), instruction_set)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_instruction_sets_D02_N16(instruction_set, dtype, alpha, beta):
+    case = make_case("lm_like", 3, 1500, dtype, seed=7)
+    options = {"alpha": alpha, "beta": beta}
+    check_evaluation(evaluate(*case, **options, backend="cpu"), oracle(*case, **options), label=instruction_set)
+
+
+def test_unknown_instruction_set(compiled):
+    with pytest.raises(ValueError, match=r"instruction set 'x86-64-v9' does not run on this machine"):
+        compiled.use_instruction_set("x86-64-v9")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_is_read_Y22(instruction_set, dtype):
+    """All 65,536 bit patterns: the terms are those of the same values in float32, bit for bit."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    logits = patterns.reshape(-1, 16)
+    spec = RowSpec(2.0, 1.0, 16, -100, True)
+    terms, stats = backends.get("cpu").forward(logits, None, spec)
+    expected_terms, expected_stats = backends.get("cpu").forward(logits.float(), None, spec)
+    assert torch.equal(terms.nan_to_num(7.0), expected_terms.nan_to_num(7.0))
+    assert torch.equal(stats.nan_to_num(7.0), expected_stats.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exponent", range(-30, 31, 4))
+def test_gradients_round_once_to_nearest_even_N27(instruction_set, dtype, exponent):
+    """From deep in the subnormal range of float16 to infinity: exactly the float32 gradient, rounded as torch does."""
+    case = make_case("normal_3", 8, 333, dtype, seed=exponent + 100)
+    spec = RowSpec(2.0, 1.0, 333, -100, True)
+    cpu = backends.get("cpu")
+    _, stats = cpu.forward(case.logits, case.labels, spec)
+    scale = torch.full((8, 3), 2.0**exponent)
+    rounded, exact = torch.empty_like(case.logits), torch.empty(8, 333)
+    cpu.backward(scale, case.logits, case.labels, stats, spec, rounded)
+    cpu.backward(scale, case.logits.float(), case.labels, stats, spec, exact)
+    assert torch.equal(rounded, exact.to(dtype))
+
+
+def test_twins_of_the_objective_on_a_grid(compiled):
+    """csrc/row_math.h against objective.py, by name: decision 5 of the design."""
+    twins = compiled.row_math
+    for residual, vocab_size in itertools.product((1e-12, 1e-3, 1.0, 7.5, 1e5), (1, 50, 128256)):
+        tensor = torch.tensor(residual, dtype=torch.float64)
+        expected = objective.log_ratio_offset(tensor, vocab_size)
+        check_identity(
+            torch.tensor(twins.log_ratio_offset(residual, vocab_size), dtype=torch.float64), expected, "float64"
+        )
+        expected = objective.entropy(tensor, torch.tensor(-0.3, dtype=torch.float64))
+        check_identity(torch.tensor(twins.entropy(residual, -0.3), dtype=torch.float64), expected, "float64")
+    grid = itertools.product((0.0, 1e-12, 0.01, 0.5), (-8.0, -1.0, 0.0, 0.3, 11.0), (1.0, 1.5, 2.0, 3.0, 16.0))
+    for (p, log_ratio, alpha), beta in itertools.product(grid, (0.0, 0.1, 1.0, 2.5)):
+        arguments = [torch.tensor(value, dtype=torch.float64) for value in (p, log_ratio, 1 - p)]
+        for name in ("sced_density", "sced_slope"):
+            actual = getattr(twins, name)(p, log_ratio, 1 - p, alpha, beta)
+            expected = getattr(objective, name)(*arguments, alpha, beta)
+            check_identity(torch.tensor(actual, dtype=torch.float64), expected, "float64")
