@@ -11,6 +11,7 @@ ROWS = "csrc/cpu/rows.h"
 FORWARD = "csrc/cpu/forward.cpp"
 BACKWARD = "csrc/cpu/backward.cpp"
 LAUNCH = "csrc/cpu/launch.cpp"
+BINDINGS = "csrc/bindings.cpp"
 
 COMPILED = [
     *mutants(
@@ -95,7 +96,7 @@ COMPILED = [
     *mutants(
         "incoming gradient of the first row only, or of another term",
         BACKWARD,
-        "autograd",
+        "autograd regressions",
         "(A03 or A04 or A05) and cpu",
         ("c-incoming-gradient-of-first-row", "+ row * params.grad_row_stride,", "+ 0 * row * params.grad_row_stride,"),
         ("c-term-stride-assumed-1", "grad_kl(grads[kKl * stride])", "grad_kl(grads[kKl])"),
@@ -129,6 +130,24 @@ COMPILED = [
         ),
     ),
     *mutants(
+        "an address formed from what the backward was given",
+        BINDINGS,
+        "labels",
+        "L03 and cpu",
+        (
+            "c-label-unchecked-in-backward",
+            "check(params, true);",
+            "check(params, true); return caref::cpu::run(kernels.backward, params);",
+        ),
+    ),
+    *mutants(
+        "an address formed from what the backward was given",
+        BACKWARD,
+        "labels",
+        "hostile and cpu",
+        ("c-arg-max-unchecked", "argmax >= 0 && argmax < columns;", "true;"),
+    ),
+    *mutants(
         "NaN swallowed",
         LANES,
         "numerics",
@@ -149,8 +168,8 @@ COMPILED = [
     *mutants(
         "NaN swallowed",
         ROWS,
-        "numerics",
-        "N08_N09_N10 and cpu",
+        "numerics regressions",
+        "N10 and cpu",
         ("c-nan-before-a-maximum-lost", "found |= x[lane] != x[lane];", "found |= false;"),
     ),
     *mutants(

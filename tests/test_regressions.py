@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from caref_kernels import caref_loss
+from caref_kernels import CarefConfig, caref_loss, ops
 from caref_kernels.testing import make_case
 
 
@@ -49,3 +49,37 @@ def test_second_derivative_of_the_reference_passes_ignored_rows_L10():
     assert second[1].count_nonzero() == 0
     assert torch.isfinite(second).all()
     assert second[0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1030, 5000])
+def test_nan_among_masked_columns_before_the_maximum_N10(backend, columns, dtype):
+    """Whole blocks without a finite logit come first, so nothing is summed when the NaN is met."""
+    logits = torch.full((2, columns), -torch.inf, dtype=dtype)
+    logits[:, -3:] = torch.tensor([1.0, 2.0, 0.5])
+    logits[1, 5] = torch.nan
+    labels = torch.tensor([columns - 1, columns - 2])
+    leaf = logits.requires_grad_()
+    loss = caref_loss(leaf, labels, reduction="none", backend=backend)
+    assert torch.isfinite(loss[0])
+    assert torch.isnan(loss[1])
+    loss.sum().backward()
+    assert torch.isfinite(leaf.grad[0]).all()
+    assert torch.isnan(leaf.grad[1]).all()
+
+
+def test_incoming_gradients_of_any_strides_A05(backend):
+    """Autograd hands over contiguous ones; the operator promises to take all."""
+    case = make_case("normal_1", 5, 40)
+    spec = CarefConfig().row_spec(40)
+    _, stats = ops.forward(case.logits, case.labels, *spec, backend)
+    grad_terms = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+    layouts = {
+        "contiguous": grad_terms,
+        "transposed": grad_terms.t().contiguous().t(),
+        "every second": grad_terms.repeat_interleave(2, -1)[:, ::2],
+    }
+    gradients = {name: ops.backward(g, case.logits, case.labels, stats, *spec, backend) for name, g in layouts.items()}
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients["contiguous"]), name
+    assert gradients["contiguous"].count_nonzero() > 0
