@@ -196,7 +196,11 @@ def draw(results: dict, path: Path) -> None:
         glibc = [rows[name, provider, "glibc"].copies for name in names]
         axes.plot(places, glibc, "_", color="black", label=REGIME_TITLES["glibc"] if index == 0 else None)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(names)), [results["cases"][name].replace(": ", "\n", 1) for name in names], fontsize=7)
+    axes.set_xticks(
+        range(len(names)),
+        [results["cases"][name].replace(": ", "\n", 1).replace(", ", "\n", 1) for name in names],
+        fontsize=7,
+    )
     axes.set_ylabel("copies of the logits")
     axes.set_title("Forward and backward; bars: mmap threshold raised")
     axes.legend(ncols=len(shown) + 1, fontsize=7, loc="upper center")
