@@ -54,7 +54,7 @@ NUM_STATISTICS = len(STATISTICS)
 # y is clamped here from below (with a select, so that NaN passes): e^y is 0 there, and y * e^y must be 0, not NaN.
 SHIFT_FLOOR = -1.0e4
 # Below this residual a row counts as one-hot: SCED is its limit, 0 (or (log V)^alpha for beta = 0), with gradient 0.
-ONE_HOT_RESIDUAL = {torch.float32: 1e-30, torch.float64: 1e-290}
+ONE_HOT_RESIDUAL = {torch.float32: 1e-37, torch.float64: 1e-290}
 # Statistics hold the arg-max column as a float; float32 counts exactly up to here.
 MAX_COLUMNS = 2**24
 

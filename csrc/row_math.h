@@ -9,7 +9,7 @@
 namespace caref {
 
 // r below this counts as one-hot: SCED is its limit and has no gradient.  Twin of ONE_HOT_RESIDUAL.
-CAREF_HD bool is_one_hot(float residual) { return residual < 1e-30f; }
+CAREF_HD bool is_one_hot(float residual) { return residual < 1e-37f; }
 CAREF_HD bool is_one_hot(double residual) { return residual < 1e-290; }
 
 // An exponent split into whole + fraction: x^whole is exact to a few roundings however large it is,
