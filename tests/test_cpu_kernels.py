@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +106,20 @@ def test_twins_of_the_objective_on_a_grid(compiled):
             actual = getattr(twins, name)(p, log_ratio, 1 - p, alpha, beta)
             expected = getattr(objective, name)(*arguments, alpha, beta)
             check_identity(torch.tensor(actual, dtype=torch.float64), expected, "float64")
+
+
+def test_a_forked_child_computes_after_its_parent_has_B07(compiled):
+    """GNU OpenMP would wait for ever for the threads that the fork left behind; in a process of its own."""
+    code = (
+        "import os, signal, torch, caref_kernels\n"
+        "torch.set_num_threads(2)\n"
+        "logits, labels = torch.randn(64, 4096), torch.arange(64)\n"
+        "before = caref_kernels.caref_loss(logits, labels, backend='cpu').item()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(30)\n"
+        "    os._exit(0 if caref_kernels.caref_loss(logits, labels, backend='cpu').item() == before else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, (run.returncode, run.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ try:
 except ImportError as error:  # a pure-Python installation; the reason is shown by unsupported()
     _C = None
     _missing = f"the compiled module caref_kernels._C is missing or does not load ({error})"
+
+
+# GNU OpenMP's pool of threads does not survive a fork: a parallel region in the child would wait for it for ever.
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class CpuBackend:
@@ -62,7 +76,7 @@ def _row_params(logits: Tensor, targets: Tensor | None, spec: RowSpec) -> _C.Row
     if targets is not None:
         params.targets, params.targets_dtype = targets.data_ptr(), _C.DTYPES[str(targets.dtype)]
     params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec
-    params.threads = torch.get_num_threads()
+    params.threads = 1 if _is_forked else torch.get_num_threads()
     return params
 
 
