@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import RowSpec
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,7 +52,7 @@ class Backend(Protocol):
         """
 
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())}
 ORDER = tuple(_BACKENDS)
 
 

@@ -1,0 +1,124 @@
+"""Sizes: which columns a thread takes, how many threads share a row, how many programs share a row, and the budgets.
+
+Nothing is autotuned: a kernel that writes in place must not be tried twice, and one choice per shape keeps the bits the
+same from run to run.  Each number below has its reason beside it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# One load instruction of a thread: the widest there is.
+VECTOR_BYTES = 16
+# Load instructions of a thread per tile.  In the forward they share one look for a new maximum (ten shuffles), and 64
+# bytes in flight per thread hide the latency of memory from four warps per scheduler on.  The backward looks for
+# nothing, so it takes the smaller tile, with fewer registers.
+FORWARD_LOADS = 4
+BACKWARD_LOADS = 4
+# Columns that a thread sums side by side: two independent chains hide the four cycles of an addition, and every further
+# one costs a register per sum (8 sums for alpha = 2, beta = 1).
+LANES = 2
+# Warps per multiprocessor that keep its four schedulers busy while one in four waits for memory.
+BUSY_WARPS = 16
+# A row is shared by at most this many warps of one program.  With a single warp the maximum of a tile needs no barrier,
+# so rows are given several only when there are too few rows.
+MOST_WARPS = 8
+# The backward has no reduction, so its warps never wait for one another; 4 is the smallest program that fills a
+# multiprocessor within its limit of 32 programs.
+BACKWARD_WARPS = 4
+# Tiles per program below which its set-up (two logarithms, three divisions in float64) would cost more than a tenth.
+LEAST_TILES = 4
+# Partial results of one row that the finishing kernel merges.
+MOST_SPLITS = 64
+
+
+class Tile(NamedTuple):
+    """The columns that one program takes at a time; a compile-time constant of every kernel.
+
+    Thread t holds columns ``t * vector .. t * vector + vector - 1`` of each of ``loads`` consecutive blocks.
+    """
+
+    warps: int
+    threads: int  # a power of two
+    vector: int  # columns per load instruction of a thread
+    loads: int
+    lanes: int
+    pairs: bool  # bfloat16 read as 32-bit words: one instruction per column to widen it instead of two
+    block: int  # columns per load instruction of all threads
+    columns: int  # columns of the tile
+    parts: int  # arrays that hold it: one per load, or the even and the odd columns of each
+    width: int  # columns per thread of one of them
+    interpreted: bool
+
+
+class Device(NamedTuple):
+    """What the choice depends on besides the shape."""
+
+    multiprocessors: int
+    warp_size: int
+    interpreted: bool = False
+
+
+class Plan(NamedTuple):
+    """A tile and the number of programs that share one row."""
+
+    tile: Tile
+    splits: int
+
+
+def forward_plan(rows: int, columns: int, itemsize: int, pairs: bool, device: Device) -> Plan:
+    """One warp per row where there are rows enough, then more warps per row, then more programs per row."""
+    wanted = BUSY_WARPS * device.multiprocessors
+    warps = 1
+    while warps < MOST_WARPS and rows * warps < wanted and _tile(warps, itemsize, FORWARD_LOADS, pairs, device).columns < columns:
+        warps *= 2
+    tile = _tile(warps, itemsize, FORWARD_LOADS, pairs, device)
+    splits = 1
+    while splits < MOST_SPLITS and 2 * splits * rows * warps <= wanted and 2 * splits * tile.columns < columns:
+        splits *= 2
+    return Plan(tile, splits)
+
+
+def backward_plan(rows: int, columns: int, itemsize: int, pairs: bool, device: Device) -> Plan:
+    """As many programs per row as keep the device busy four times over, each with enough tiles to repay its set-up."""
+    tile = _tile(BACKWARD_WARPS, itemsize, BACKWARD_LOADS, pairs, device)
+    tiles = -(-columns // tile.columns)
+    wanted = 4 * BUSY_WARPS * device.multiprocessors // BACKWARD_WARPS
+    busy = -(-wanted // max(rows, 1))
+    splits = min(busy, -(-tiles // LEAST_TILES)) if rows * -(-tiles // LEAST_TILES) >= wanted // 4 else min(busy, tiles)
+    return Plan(tile, max(splits, 1))
+
+
+def _tile(warps: int, itemsize: int, loads: int, pairs: bool, device: Device) -> Tile:
+    threads, vector = warps * device.warp_size, VECTOR_BYTES // itemsize
+    width = vector // 2 if pairs else vector
+    # The interpreter pays per operation, not per element: fewer, wider ones.
+    lanes = width if device.interpreted else min(LANES, width)
+    block, parts = threads * vector, 2 * loads if pairs else loads
+    return Tile(warps, threads, vector, loads, lanes, pairs, block, block * loads, parts, width, device.interpreted)
+
+
+class Path(NamedTuple):
+    """What a call asks for besides the shape; a compile-time constant of every kernel."""
+
+    alpha: float
+    beta: float
+    with_sced: bool
+    even: bool  # one pass: exponents for which SCED is a polynomial in few sums; they are ints then
+    moments: int  # those sums, besides the two that every path has
+    second_pass: bool  # SCED needs c before it can be summed
+    targets: str  # "labels", "mask" or "none"
+
+
+# As in csrc/cpu/rows.h: elsewhere the expansion of (1-p)^B and (y-c)^A cancels more digits than float32 carries.
+EVEN_EXPONENTS = ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))
+
+
+def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
+    """The path of these exponents."""
+    if not with_sced:
+        return Path(1, 0, False, False, 0, False, targets)
+    if (alpha, beta) in EVEN_EXPONENTS:
+        moments = (int(alpha) + 1) * (int(beta) + 1)
+        return Path(int(alpha), int(beta), True, True, moments, False, targets)
+    return Path(float(alpha), float(beta), True, False, 0, True, targets)
