@@ -53,7 +53,7 @@ class TritonBackend:
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=logits.device)
         stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype, device=logits.device)
         if rows:
-            plan = tiling.forward_plan(rows, logits.size(-1), logits.itemsize, _pairs(logits), _device(logits.device))
+            plan = tiling.forward_plan(rows, logits.size(-1), _storage(logits), _device(logits.device))
             with _guard(logits):
                 _launch_forward(_Rows(logits, targets, spec), terms, stats, plan)
         return terms, stats
@@ -66,14 +66,13 @@ class TritonBackend:
         rows = logits.numel() // logits.size(-1)
         if not rows:
             return
-        plan = tiling.backward_plan(rows, logits.size(-1), logits.itemsize, _pairs(logits), _device(logits.device))
+        plan = tiling.backward_plan(rows, logits.size(-1), _storage(logits, out), _device(logits.device))
         row = _Rows(logits, targets, spec)
         strides = (*row.strides, *_row_strides(out), *grad_terms.stride())
-        alike = all((a - b) % plan.tile.vector == 0 for a, b in zip(row.strides, _row_strides(out), strict=True))
         with _guard(logits):
             backward.gradient_kernel[(rows * plan.splits,)](
                 logits, out, row.targets, stats, grad_terms, row.columns, row.inner_rows, strides, spec.vocab_size,
-                spec.ignore_index, plan.splits, alike, row.path, plan.tile, **_options(plan.tile),
+                spec.ignore_index, plan.splits, row.path, plan.tile, **_options(plan.tile),
             )  # fmt: skip
 
 
@@ -119,7 +118,7 @@ def _launch_forward(row: _Rows, terms: Tensor, stats: Tensor, plan: tiling.Plan)
         )  # fmt: skip
     forward.finish_kernel[(count,)](
         row.logits, row.targets, partials, sced_partials, terms, stats, *layout, row.vocab_size, row.ignore_index,
-        splits, row.path, tiling.MOST_SPLITS, **options | {"num_warps": 1},
+        splits, row.path, tile, tiling.MOST_SPLITS, **options | {"num_warps": 1},
     )  # fmt: skip
 
 
@@ -127,9 +126,15 @@ def _row_strides(rows: Tensor) -> tuple[int, int]:
     return (rows.stride(0), rows.stride(1)) if rows.dim() == 3 else (0, rows.stride(0))
 
 
-def _pairs(logits: Tensor) -> bool:
-    """Whether pairs of columns may be read as 32-bit words, which need an aligned start."""
-    return logits.dtype == torch.bfloat16 and logits.data_ptr() % tiling.VECTOR_BYTES == 0
+def _storage(*matrices: Tensor) -> tiling.Storage:
+    """Rows are wide if in every matrix each of them starts at a multiple of 16 bytes."""
+    first = matrices[0]
+    wide = all(
+        (start * first.itemsize) % tiling.VECTOR_BYTES == 0
+        for rows in matrices
+        for start in (rows.data_ptr() // first.itemsize, *_row_strides(rows))
+    )
+    return tiling.Storage(first.itemsize, wide, first.dtype == torch.bfloat16)
 
 
 def _options(tile: tiling.Tile) -> dict[str, object]:

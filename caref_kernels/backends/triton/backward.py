@@ -128,32 +128,30 @@ def column_gradient(z, constants, PATH: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, parts, start, bounds, TILE: tl.constexpr):
-    """Write a tile, rounded to the dtype of ``out``; ``bounds`` are (head, end, whether the tile lies inside them)."""
-    head, end, whole = bounds
+def store_tile(out, parts, start, columns, TILE: tl.constexpr):
+    """Write a tile, rounded to the dtype of ``out``."""
     thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
-    offsets = start + thread + tl.arange(0, TILE.vector)[None, :]
+    within = thread + tl.arange(0, TILE.vector)[None, :]
     for load in tl.static_range(TILE.loads):
         if TILE.pairs:
             both = tl.join(parts[2 * load], parts[2 * load + 1])
             values = tl.reshape(both, [TILE.threads, TILE.vector])
         else:
             values = parts[load]
-        place = offsets + load * TILE.block
+        column = start + load * TILE.block + within
         rounded = row_math.rounded(values, out.dtype.element_ty, TILE.interpreted)
-        if whole:
-            tl.store(out + place, rounded)
+        if start + TILE.columns <= columns:
+            tl.store(out + column, rounded)
         else:
-            tl.store(out + place, rounded, mask=(place >= head) & (place < end))
+            tl.store(out + column, rounded, mask=column < columns)
 
 
 @triton.jit
-def fill_tile(out, value, start, bounds, TILE: tl.constexpr):
+def fill_tile(out, value, start, columns, TILE: tl.constexpr):
     """Write one value into a tile."""
-    head, end, _ = bounds
-    place = start + tl.arange(0, TILE.columns)
+    column = start + tl.arange(0, TILE.columns)
     filled = tl.zeros([TILE.columns], out.dtype.element_ty) + value.to(out.dtype.element_ty)
-    tl.store(out + place, filled, mask=(place >= head) & (place < end))
+    tl.store(out + column, filled, mask=column < columns)
 
 
 @triton.jit
@@ -169,10 +167,10 @@ def special_columns(parts, start, specials, TILE: tl.constexpr):
 
 
 @triton.jit
-def write_gradient(base, out, bounds, slopes, columns_of, PATH: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def write_gradient(base, out, bounds, slopes, special, PATH: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     """The gradient in tiles [first, last) of a row with statistics."""
-    head, end, first, last = bounds
-    argmax, label = columns_of
+    columns, first, last = bounds
+    argmax, label = special
     _, residual, _, _, grad_ce, _, _, _, top = slopes
     # The slope of CE is p_a, or p_a - 1 = -r / d, which as a difference would be lost.
     top = (top + grad_ce * tl.where(label == argmax, -residual, 1.0) / (1.0 + residual)).to(dtype)
@@ -180,44 +178,36 @@ def write_gradient(base, out, bounds, slopes, columns_of, PATH: tl.constexpr, TI
     specials = (argmax, label, top, grad_ce.to(dtype))
     for tile in range(first, last):
         start = tl.multiple_of(tile * TILE.columns, TILE.columns)
-        whole = rows.is_whole(start, head, end, TILE)
-        if whole:
+        if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
-            parts = rows.load_masked(base, start, head, end, dtype, TILE)
+            parts = rows.load_masked(base, start, columns, dtype, TILE)
         gradients = ()
         for part in tl.static_range(TILE.parts):
             gradients = gradients + (column_gradient(parts[part], constants, PATH),)
         stop = start + TILE.columns
         if ((argmax >= start) & (argmax < stop)) | ((label >= start) & (label < stop)):
             gradients = special_columns(gradients, start, specials, TILE)
-        store_tile(out, gradients, start, (head, end, whole), TILE)
+        store_tile(out, gradients, start, columns, TILE)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
     logits, out, targets, stats, grad_terms, columns, inner_rows, strides, vocab_size, ignore_index, splits,
-    ALIKE: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr,
+    PATH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program for each split of each row.
 
     ``strides`` are those of the rows of the logits and of the gradient, (outer, inner) each, and of ``grad_terms``.
-    ``ALIKE``: both kinds of rows start at the same place within a vector, so that stores are as wide as loads.
     """
     dtype: tl.constexpr = stats.dtype.element_ty
     logits_outer, logits_inner, out_outer, out_inner, grad_row, grad_term = strides
     row = tl.program_id(0).to(tl.int64) // splits
     split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
-    start = rows.row_start(row, inner_rows, logits_outer, logits_inner)
-    head = (start % TILE.vector).to(tl.int32)
-    base = logits + tl.multiple_of(start - head, TILE.vector)
-    out_start = rows.row_start(row, inner_rows, out_outer, out_inner) - head
-    if ALIKE:
-        out_start = tl.multiple_of(out_start, TILE.vector)
-    written = out + out_start
-    end = head + columns
-    tiles = tl.cdiv(end, TILE.columns)
+    base = logits + rows.row_start(row, inner_rows, logits_outer, logits_inner, TILE)
+    written = out + rows.row_start(row, inner_rows, out_outer, out_inner, TILE)
+    tiles = tl.cdiv(columns, TILE.columns)
     share = tl.cdiv(tiles, splits)
     first = tl.minimum(split * share, tiles)
     last = tl.minimum(first + share, tiles)
@@ -227,10 +217,10 @@ def gradient_kernel(
     if counts & inside & usable:
         grads = incoming(grad_terms, row, grad_row, grad_term, PATH)
         slopes = row_slopes(stats, grads, row, vocab_size.to(tl.float64), PATH)
-        columns_of = (argmax.to(tl.int32) + head, label + head)
-        write_gradient(base, written, (head, end, first, last), slopes, columns_of, PATH, TILE, dtype)
+        special = (argmax.to(tl.int32), label)
+        write_gradient(base, written, (columns, first, last), slopes, special, PATH, TILE, dtype)
     else:
         # A row that does not count, or whose label is no column, has no gradient.
         value = tl.where(counts & inside, float("nan"), 0.0)
         for tile in range(first, last):
-            fill_tile(written, value, tile * TILE.columns, (head, end, False), TILE)
+            fill_tile(written, value, tile * TILE.columns, columns, TILE)

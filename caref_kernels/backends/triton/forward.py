@@ -24,8 +24,8 @@ NUM_STATISTICS = tl.constexpr(5)
 
 
 @triton.jit
-def sum_tiles(base, head, end, first, last, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr):
-    """(maximum, place of its first column, sums) of tiles [first, last): the sums leave that column out."""
+def sum_tiles(base, columns, first, last, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr):
+    """(maximum, its first column, sums) of tiles [first, last): the sums leave that column out."""
     LOWEST: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
     thread = tl.arange(0, TILE.threads)[:, None]
     lane = tl.arange(0, TILE.lanes)[None, :]
@@ -33,27 +33,27 @@ def sum_tiles(base, head, end, first, last, dtype: tl.constexpr, PATH: tl.conste
     sums = row_math.zero_sums(tl.zeros([TILE.threads, TILE.lanes], dtype), PATH)
     maximum = tl.full([], float("-inf"), dtype)
     reference = tl.full([], LOWEST, dtype)  # finite while there is no maximum: -inf - -inf would be NaN
-    place = tl.full([], 0, tl.int32)
+    argmax = tl.full([], 0, tl.int32)
     for tile in range(first, last):
         start = tl.multiple_of(tile * TILE.columns, TILE.columns)
-        if rows.is_whole(start, head, end, TILE):
+        if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
-            parts = rows.load_masked(base, start, head, end, dtype, TILE)
+            parts = rows.load_masked(base, start, columns, dtype, TILE)
         top = rows.tile_maximum(parts)
         if top > maximum:
-            place = rows.find_first(parts, top, start, TILE)
-            parts = rows.without(parts, place, start, TILE)
+            argmax = rows.find_first(parts, top, start, TILE)
+            parts = rows.without(parts, argmax, start, TILE)
             joins = tl.where(maximum > float("-inf"), one_lane, 0.0)
             sums = row_math.add_top(sums, joins, PATH)
             sums = row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)
             maximum = top
             reference = top
         for part in tl.static_range(TILE.parts):
-            columns = rows.slices(parts[part], TILE.width, TILE)
+            slices = rows.slices(parts[part], TILE.width, TILE)
             for index in tl.static_range(TILE.width // TILE.lanes):
-                sums = row_math.add_columns(sums, row_math.clamp_shift(columns[index] - reference), PATH)
-    return maximum, place, sums
+                sums = row_math.add_columns(sums, row_math.clamp_shift(slices[index] - reference), PATH)
+    return maximum, argmax, sums
 
 
 @triton.jit
@@ -69,24 +69,24 @@ def add_threads(sums):
 def sum_sced(base, bounds, argmax, constants, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr):
     """The second pass: sum f and sum p f' over the columns other than the arg-max, float64.
 
-    ``bounds`` are (head, end, first tile, last tile), ``constants`` (maximum, 1/d, c) in ``dtype``.
+    ``bounds`` are (columns, first tile, last tile), ``constants`` (maximum, 1/d, c) in ``dtype``.
     """
-    head, end, first, last = bounds
+    columns, first, last = bounds
     maximum, inverse_d, c = constants
     density = tl.zeros([TILE.threads, TILE.lanes], dtype)
     slope = tl.zeros([TILE.threads, TILE.lanes], dtype)
     for tile in range(first, last):
         start = tl.multiple_of(tile * TILE.columns, TILE.columns)
-        if rows.is_whole(start, head, end, TILE):
+        if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
-            parts = rows.load_masked(base, start, head, end, dtype, TILE)
+            parts = rows.load_masked(base, start, columns, dtype, TILE)
         if (argmax >= start) & (argmax < start + TILE.columns):
             parts = rows.without(parts, argmax, start, TILE)
         for part in tl.static_range(TILE.parts):
-            columns = rows.slices(parts[part], TILE.width, TILE)
+            slices = rows.slices(parts[part], TILE.width, TILE)
             for index in tl.static_range(TILE.width // TILE.lanes):
-                y = row_math.clamp_shift(columns[index] - maximum)
+                y = row_math.clamp_shift(slices[index] - maximum)
                 p = row_math.exponential(y) * inverse_d
                 q = 1 - p
                 density += row_math.sced_density(p, y - c, q, PATH.alpha, PATH.beta)
@@ -175,23 +175,20 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
-        start = rows.row_start(row, inner_rows, outer_stride, inner_stride)
-        head = (start % TILE.vector).to(tl.int32)
-        base = logits + tl.multiple_of(start - head, TILE.vector)
-        end = head + columns
-        last = tl.cdiv(end, TILE.columns)
-        maximum, place, sums = sum_tiles(base, head, end, 0, last, dtype, PATH, TILE)
+        base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
+        last = tl.cdiv(columns, TILE.columns)
+        maximum, argmax, sums = sum_tiles(base, columns, 0, last, dtype, PATH, TILE)
         totals = add_threads(sums)
         vocabulary = vocab_size.to(tl.float64)
         sced_sums = (totals[0], totals[0])
         if PATH.second_pass:
             d, c = row_constants(totals[0], vocabulary, dtype)
             constants = (maximum, (1.0 / d).to(dtype), c.to(dtype))
-            sced_sums = sum_sced(base, (head, end, 0, last), place, constants, dtype, PATH, TILE)
+            sced_sums = sum_sced(base, (columns, 0, last), argmax, constants, dtype, PATH, TILE)
         label_logit = maximum
         if PATH.targets == "labels":
-            label_logit = tl.load(base + (head + label)).to(dtype)
-        finish_row(terms, stats, row, (maximum, place - head, totals), label_logit, sced_sums, vocabulary, PATH)
+            label_logit = tl.load(base + label).to(dtype)
+        finish_row(terms, stats, row, (maximum, argmax, totals), label_logit, sced_sums, vocabulary, PATH)
     else:
         write_empty(terms, stats, row, counts)
 
@@ -212,14 +209,14 @@ def merge_partials(partials, row, splits, PATH: tl.constexpr, MOST_SPLITS: tl.co
     valid = split < splits
     base = partials + row * splits * WIDTH + split * WIDTH
     maxima = tl.load(base, mask=valid, other=float("-inf"))
-    places = tl.load(base + 1, mask=valid, other=0.0)
+    columns = tl.load(base + 1, mask=valid, other=0.0)
     sums = ()
     for index in tl.static_range(2 + PATH.moments):
         sums = sums + (tl.load(base + PARTIAL_HEAD + index, mask=valid, other=0.0),)
     maximum = tl.max(maxima)
     # The first split with the maximum keeps its column out; every other one has left out a column that belongs in.
     winner = tl.min(tl.where(maxima == maximum, split, MOST_SPLITS))
-    argmax = tl.sum(tl.where(split == winner, places, 0.0))
+    argmax = tl.sum(tl.where(split == winner, columns, 0.0))
     joins = tl.where((maxima > float("-inf")) & (split != winner), 1.0, 0.0).to(tl.float64)
     shifted = row_math.shift_sums(row_math.add_top(sums, joins, PATH), row_math.rise(maxima, maximum), PATH)
     return maximum.to(dtype), argmax.to(tl.int32), add_threads(shifted)
@@ -236,16 +233,13 @@ def partial_kernel(
     split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
-        start = rows.row_start(row, inner_rows, outer_stride, inner_stride)
-        head = (start % TILE.vector).to(tl.int32)
-        base = logits + tl.multiple_of(start - head, TILE.vector)
-        end = head + columns
-        first, last = tiles_of_split(split, splits, tl.cdiv(end, TILE.columns), TILE)
-        maximum, place, sums = sum_tiles(base, head, end, first, last, dtype, PATH, TILE)
+        base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
+        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns), TILE)
+        maximum, argmax, sums = sum_tiles(base, columns, first, last, dtype, PATH, TILE)
         totals = add_threads(sums)
         out = partials + (row * splits + split) * WIDTH
         tl.store(out, maximum.to(tl.float64))
-        tl.store(out + 1, (place - head).to(tl.float64))
+        tl.store(out + 1, argmax.to(tl.float64))
         for index in tl.static_range(2 + PATH.moments):
             tl.store(out + PARTIAL_HEAD + index, totals[index])
 
@@ -260,15 +254,12 @@ def second_kernel(
     split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
-        start = rows.row_start(row, inner_rows, outer_stride, inner_stride)
-        head = (start % TILE.vector).to(tl.int32)
-        base = logits + tl.multiple_of(start - head, TILE.vector)
-        end = head + columns
-        first, last = tiles_of_split(split, splits, tl.cdiv(end, TILE.columns), TILE)
+        base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
+        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns), TILE)
         maximum, argmax, sums = merge_partials(partials, row, splits, PATH, MOST_SPLITS, dtype)
         d, c = row_constants(sums[0], vocab_size.to(tl.float64), dtype)
         constants = (maximum, (1.0 / d).to(dtype), c.to(dtype))
-        density, slope = sum_sced(base, (head, end, first, last), argmax + head, constants, dtype, PATH, TILE)
+        density, slope = sum_sced(base, (columns, first, last), argmax, constants, dtype, PATH, TILE)
         out = sced_partials + (row * splits + split) * 2
         tl.store(out, density)
         tl.store(out + 1, slope)
@@ -277,7 +268,7 @@ def second_kernel(
 @triton.jit(do_not_specialize=INTEGERS)
 def finish_kernel(
     logits, targets, partials, sced_partials, terms, stats, columns, inner_rows, outer_stride, inner_stride, vocab_size,
-    ignore_index, splits, PATH: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    ignore_index, splits, PATH: tl.constexpr, TILE: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A program for each row: merge what its splits found."""
     dtype: tl.constexpr = terms.dtype.element_ty
@@ -294,7 +285,7 @@ def finish_kernel(
             sced_sums = (tl.sum(density), tl.sum(slope))
         label_logit = maximum
         if PATH.targets == "labels":
-            start = rows.row_start(row, inner_rows, outer_stride, inner_stride)
+            start = rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
             label_logit = tl.load(logits + (start + label)).to(dtype)
         vocabulary = vocab_size.to(tl.float64)
         finish_row(terms, stats, row, (maximum, argmax, sums), label_logit, sced_sums, vocabulary, PATH)

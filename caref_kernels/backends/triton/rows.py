@@ -1,8 +1,7 @@
 """How kernels see a row: where it starts, its tiles, its target.
 
-A program looks at a row from the last multiple of ``vector`` elements at or before its start.  Columns are counted from
-there ("places"): the row is [head, end), so whole tiles are read 16 bytes at a time whatever the row's alignment, and
-only the first and the last one are masked.  Offsets of rows are 64-bit, places within a row 32-bit.
+Thread t always holds the same columns of a tile, whether the row's start allows wide loads or not, so a row gives the
+same bits wherever it lies.  Offsets of rows are 64-bit, columns within a row 32-bit.
 """
 
 from __future__ import annotations
@@ -10,14 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NO_PLACE = tl.constexpr(2**31 - 1)
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def row_start(row, inner_rows, outer_stride, inner_stride):
-    """The offset of a row's first element, int64 before any product."""
+def row_start(row, inner_rows, outer_stride, inner_stride, TILE: tl.constexpr):
+    """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are."""
     row = row.to(tl.int64)
-    return (row // inner_rows) * outer_stride.to(tl.int64) + (row % inner_rows) * inner_stride.to(tl.int64)
+    start = (row // inner_rows) * outer_stride.to(tl.int64) + (row % inner_rows) * inner_stride.to(tl.int64)
+    if TILE.wide:
+        start = tl.multiple_of(start, TILE.vector)
+    return start
 
 
 @triton.jit
@@ -35,8 +37,8 @@ def target_of(targets, row, columns, ignore_index, PATH: tl.constexpr):
 
 
 @triton.jit
-def places(start, PART: tl.constexpr, TILE: tl.constexpr):
-    """The places of one of the arrays that hold the tile at ``start``: (threads, width) int32."""
+def columns_of(start, PART: tl.constexpr, TILE: tl.constexpr):
+    """The columns of one of the arrays that hold the tile at ``start``: (threads, width) int32."""
     thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
     column = tl.arange(0, TILE.width)[None, :]
     if TILE.pairs:
@@ -46,14 +48,14 @@ def places(start, PART: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def is_at(place, start, PART: tl.constexpr, TILE: tl.constexpr):
-    """Where ``place`` is in one of the arrays of the tile at ``start``: one difference per thread, not one per column."""
+def is_at(column, start, PART: tl.constexpr, TILE: tl.constexpr):
+    """Where ``column`` is in one of the arrays of the tile at ``start``: one difference per thread, not per column."""
     thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
-    column = tl.arange(0, TILE.width)[None, :]
+    within = tl.arange(0, TILE.width)[None, :]
     if TILE.pairs:
-        return (place - start - (PART // 2) * TILE.block - PART % 2 - thread) == 2 * column
+        return (column - start - (PART // 2) * TILE.block - PART % 2 - thread) == 2 * within
     else:
-        return (place - start - PART * TILE.block - thread) == column
+        return (column - start - PART * TILE.block - thread) == within
 
 
 @triton.jit
@@ -71,25 +73,18 @@ def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
             parts = parts + (even, odd)
     else:
         for part in tl.static_range(TILE.loads):
-            parts = parts + (tl.load(base + places(start, part, TILE)).to(dtype),)
+            parts = parts + (tl.load(base + columns_of(start, part, TILE)).to(dtype),)
     return parts
 
 
 @triton.jit
-def load_masked(base, start, head, end, dtype: tl.constexpr, TILE: tl.constexpr):
-    """A tile of which only [head, end) is the row's: -inf elsewhere, which no sum notices."""
+def load_masked(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
+    """The last tile of a row: -inf past its end, which no sum notices."""
     parts = ()
     for part in tl.static_range(TILE.parts):
-        place = places(start, part, TILE)
-        inside = (place >= head) & (place < end)
-        parts = parts + (tl.load(base + place, mask=inside, other=float("-inf")).to(dtype),)
+        column = columns_of(start, part, TILE)
+        parts = parts + (tl.load(base + column, mask=column < columns, other=float("-inf")).to(dtype),)
     return parts
-
-
-@triton.jit
-def is_whole(start, head, end, TILE: tl.constexpr):
-    """Whether the tile at ``start`` lies inside the row."""
-    return (start >= head) & (start + TILE.columns <= end)
 
 
 @triton.jit
@@ -103,19 +98,19 @@ def tile_maximum(parts):
 
 @triton.jit
 def find_first(parts, value, start, TILE: tl.constexpr):
-    """The first place of the tile at ``start`` that holds ``value``."""
-    first = NO_PLACE + start * 0
+    """The first column of the tile at ``start`` that holds ``value``."""
+    first = NO_COLUMN + start * 0
     for part in tl.static_range(TILE.parts):
-        first = tl.minimum(first, tl.min(tl.where(parts[part] == value, places(start, part, TILE), NO_PLACE)))
+        first = tl.minimum(first, tl.min(tl.where(parts[part] == value, columns_of(start, part, TILE), NO_COLUMN)))
     return first
 
 
 @triton.jit
-def without(parts, place, start, TILE: tl.constexpr):
-    """The tile at ``start`` with -inf at ``place``: how the arg-max stays out of every sum."""
+def without(parts, column, start, TILE: tl.constexpr):
+    """The tile at ``start`` with -inf at ``column``: how the arg-max stays out of every sum."""
     changed = ()
     for part in tl.static_range(TILE.parts):
-        changed = changed + (tl.where(is_at(place, start, part, TILE), float("-inf"), parts[part]),)
+        changed = changed + (tl.where(is_at(column, start, part, TILE), float("-inf"), parts[part]),)
     return changed
 
 

@@ -11,10 +11,12 @@ from typing import NamedTuple
 # One load instruction of a thread: the widest there is.
 VECTOR_BYTES = 16
 # Load instructions of a thread per tile.  In the forward they share one look for a new maximum (ten shuffles), and 64
-# bytes in flight per thread hide the latency of memory from four warps per scheduler on.  The backward looks for
-# nothing, so it takes the smaller tile, with fewer registers.
+# bytes in flight per thread hide the latency of memory from four warps per scheduler on.  In the backward they share the
+# checks for the end of the row and for the two columns with a form of their own.
 FORWARD_LOADS = 4
 BACKWARD_LOADS = 4
+# Rows that are loaded column by column hold an address per column, so they take half of it.
+NARROW_BACKWARD_LOADS = 2
 # Columns that a thread sums side by side: two independent chains hide the four cycles of an addition, and every further
 # one costs a register per sum (8 sums for alpha = 2, beta = 1).
 LANES = 2
@@ -43,12 +45,21 @@ class Tile(NamedTuple):
     vector: int  # columns per load instruction of a thread
     loads: int
     lanes: int
-    pairs: bool  # bfloat16 read as 32-bit words: one instruction per column to widen it instead of two
+    wide: bool  # every row starts at a multiple of VECTOR_BYTES; otherwise columns are loaded one by one
+    pairs: bool  # wide rows of bfloat16, read as 32-bit words: one instruction per column to widen it instead of two
     block: int  # columns per load instruction of all threads
     columns: int  # columns of the tile
     parts: int  # arrays that hold it: one per load, or the even and the odd columns of each
     width: int  # columns per thread of one of them
     interpreted: bool
+
+
+class Storage(NamedTuple):
+    """How the logits (and their gradient) lie in memory."""
+
+    itemsize: int
+    wide: bool  # as in Tile
+    bfloat16: bool
 
 
 class Device(NamedTuple):
@@ -66,22 +77,23 @@ class Plan(NamedTuple):
     splits: int
 
 
-def forward_plan(rows: int, columns: int, itemsize: int, pairs: bool, device: Device) -> Plan:
+def forward_plan(rows: int, columns: int, storage: Storage, device: Device) -> Plan:
     """One warp per row where there are rows enough, then more warps per row, then more programs per row."""
     wanted = BUSY_WARPS * device.multiprocessors
     warps = 1
-    while warps < MOST_WARPS and rows * warps < wanted and _tile(warps, itemsize, FORWARD_LOADS, pairs, device).columns < columns:
+    while warps < MOST_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns:
         warps *= 2
-    tile = _tile(warps, itemsize, FORWARD_LOADS, pairs, device)
+    tile = _tile(warps, FORWARD_LOADS, storage, device)
     splits = 1
     while splits < MOST_SPLITS and 2 * splits * rows * warps <= wanted and 2 * splits * tile.columns < columns:
         splits *= 2
     return Plan(tile, splits)
 
 
-def backward_plan(rows: int, columns: int, itemsize: int, pairs: bool, device: Device) -> Plan:
+def backward_plan(rows: int, columns: int, storage: Storage, device: Device) -> Plan:
     """As many programs per row as keep the device busy four times over, each with enough tiles to repay its set-up."""
-    tile = _tile(BACKWARD_WARPS, itemsize, BACKWARD_LOADS, pairs, device)
+    loads = BACKWARD_LOADS if storage.wide else NARROW_BACKWARD_LOADS
+    tile = _tile(BACKWARD_WARPS, loads, storage, device)
     tiles = -(-columns // tile.columns)
     wanted = 4 * BUSY_WARPS * device.multiprocessors // BACKWARD_WARPS
     busy = -(-wanted // max(rows, 1))
@@ -89,13 +101,17 @@ def backward_plan(rows: int, columns: int, itemsize: int, pairs: bool, device: D
     return Plan(tile, max(splits, 1))
 
 
-def _tile(warps: int, itemsize: int, loads: int, pairs: bool, device: Device) -> Tile:
-    threads, vector = warps * device.warp_size, VECTOR_BYTES // itemsize
-    width = vector // 2 if pairs else vector
-    # The interpreter pays per operation, not per element: fewer, wider ones.
-    lanes = width if device.interpreted else min(LANES, width)
-    block, parts = threads * vector, 2 * loads if pairs else loads
-    return Tile(warps, threads, vector, loads, lanes, pairs, block, block * loads, parts, width, device.interpreted)
+def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
+    threads, vector = warps * device.warp_size, VECTOR_BYTES // storage.itemsize
+    lanes = LANES
+    if device.interpreted:  # it pays per operation, not per element: fewer, wider ones
+        lanes, loads = max(vector // 2, LANES), 2
+    pairs = storage.bfloat16 and storage.wide
+    width, parts = (vector // 2, 2 * loads) if pairs else (vector, loads)
+    block = threads * vector
+    return Tile(
+        warps, threads, vector, loads, lanes, storage.wide, pairs, block, block * loads, parts, width, device.interpreted
+    )
 
 
 class Path(NamedTuple):
