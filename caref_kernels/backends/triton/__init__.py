@@ -23,6 +23,9 @@ from . import tiling
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # The CPU plays a device with one multiprocessor.
 INTERPRETER = tiling.Device(multiprocessors=1, warp_size=32, interpreted=True)
+# Contraction to multiply-adds is what the instruction budgets count on; tiles are not pipelined through shared memory,
+# because other warps hide the latency.
+COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 # Of a float32 atomic-free kernel with 64-bit floats and 16-byte loads: compute capability 8.0 on.
 LEAST_CAPABILITY = (8, 0)
 
@@ -138,9 +141,7 @@ def _storage(*matrices: Tensor) -> tiling.Storage:
 
 
 def _options(tile: tiling.Tile) -> dict[str, object]:
-    # Contraction to multiply-adds is what the instruction budgets count on; tiles are not pipelined through shared
-    # memory, other warps hide the latency.
-    return {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {**COMPILER_OPTIONS, "num_warps": tile.warps}
 
 
 def _guard(logits: Tensor) -> contextlib.AbstractContextManager:

@@ -138,3 +138,12 @@ def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
         moments = (int(alpha) + 1) * (int(beta) + 1)
         return Path(int(alpha), int(beta), True, True, moments, False, targets)
     return Path(float(alpha), float(beta), True, False, 0, True, targets)
+
+
+# Above this a multiprocessor holds fewer than 12 warps, too few to hide the latency of memory.
+MOST_REGISTERS = 168
+
+
+def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float:
+    """Machine instructions per column of the main loops that a test allows."""
+    return 1000.0
