@@ -85,7 +85,7 @@ def check(variant: Variant) -> Result:
     failures = []
     if code.spills or code.stack:
         failures.append(f"{code.spills} spills, {code.stack} bytes of stack")
-    most = tiling.MOST_REGISTERS
+    most = tiling.register_budget(variant.dtype)
     if code.registers > most:
         failures.append(f"{code.registers} registers, budget {most}")
     if variant.kernel == "finish":  # no loop over columns

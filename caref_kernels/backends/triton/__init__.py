@@ -21,8 +21,8 @@ from . import tiling
 
 # Triton reads this variable when a kernel is defined; so does this module, once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# The CPU plays a device with one multiprocessor.
-INTERPRETER = tiling.Device(multiprocessors=1, warp_size=32, interpreted=True)
+# The CPU plays a small device: large enough for rows to be split, and for the rows of a small batch to share one plan.
+INTERPRETER = tiling.Device(multiprocessors=16, warp_size=32, interpreted=True)
 # Contraction to multiply-adds is what the instruction budgets count on; tiles are not pipelined through shared memory,
 # because other warps hide the latency.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}

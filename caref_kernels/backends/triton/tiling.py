@@ -25,6 +25,7 @@ BUSY_WARPS = 16
 # A row is shared by at most this many warps of one program.  With a single warp the maximum of a tile needs no barrier,
 # so rows are given several only when there are too few rows.
 MOST_WARPS = 8
+SPLIT_WARPS = 4
 # The backward has no reduction, so its warps never wait for one another; 4 is the smallest program that fills a
 # multiprocessor within its limit of 32 programs.
 BACKWARD_WARPS = 4
@@ -83,9 +84,12 @@ def forward_plan(rows: int, columns: int, storage: Storage, device: Device) -> P
     warps = 1
     while warps < MOST_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns:
         warps *= 2
-    tile = _tile(warps, FORWARD_LOADS, storage, device)
+    if 2 * rows * warps > wanted:
+        return Plan(_tile(warps, FORWARD_LOADS, storage, device), 1)
+    # Split rows are merged by a second launch anyway; smaller tiles then give every multiprocessor a share.
+    tile = _tile(min(warps, SPLIT_WARPS), FORWARD_LOADS, storage, device)
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * rows * warps <= wanted and 2 * splits * tile.columns < columns:
+    while splits < MOST_SPLITS and 2 * splits * rows * tile.warps <= wanted and 2 * splits * tile.columns < columns:
         splits *= 2
     return Plan(tile, splits)
 
@@ -140,10 +144,44 @@ def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
     return Path(float(alpha), float(beta), True, False, 0, True, targets)
 
 
-# Above this a multiprocessor holds fewer than 12 warps, too few to hide the latency of memory.
-MOST_REGISTERS = 168
+# --- Budgets: what the compiled kernels may use.  A test compiles them, without a GPU, and counts. ---
+
+# An H200 issues one instruction per column in 16.4 us at N = 4096, V = 128,256, and reads a bfloat16 column in 1/14.9 of
+# the time of 14.9 of them: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers
+# are those of the worst of sm_80, sm_90 and sm_100 (triton 3.9), and half an instruction.
+_BUDGET = {
+    "row": {(2, 0): 14.5, (2, 1): 19.5, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 28.5, (4, 2): 37.0, "none": 10.5},
+    "gradient": {(2, 0): 15.5, (2, 1): 17.5, (2, 2): 19.5, (4, 0): 17.5, (4, 1): 19.5, (4, 2): 21.5, "none": 11.5},
+}
+# A row that several warps share costs two barriers per tile.
+_PARTIAL_MORE = 2.0
+# Exponents without an expansion: real ones take two logarithms per column and pass, the others powers alone.
+_WHOLE_BUDGET = {"row": 42.0, "partial": 12.0, "second": 34.0, "gradient": 38.0}
+_REAL_BUDGET = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 104.0}
+# Columns that are loaded one by one: an instruction each, and one to put them into the order of wide loads; in the
+# backward an address each as well.
+_NARROW = {"row": 5.0, "partial": 5.0, "second": 5.0, "gradient": 11.0}
+# float64: per loop about 40 instructions for the exponential, elsewhere moves of register pairs.
+_FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
+# At 168 a multiprocessor holds 12 warps, the fewest that hide the latency of memory; float64 is not held to that.
+_REGISTERS = 168
+_FLOAT64_REGISTERS = 200
 
 
 def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float:
-    """Machine instructions per column of the main loops that a test allows."""
-    return 1000.0
+    """Machine instructions per column, over all main loops of ``kernel``."""
+    loops = 2 if kernel == "row" and path.second_pass else 1
+    if path.second_pass:
+        whole = path.alpha == int(path.alpha) and path.beta == int(path.beta)
+        budget = (_WHOLE_BUDGET if whole else _REAL_BUDGET)[kernel]
+    else:
+        exponents = (path.alpha, path.beta) if path.even else "none"
+        budget = _BUDGET["row"][exponents] + _PARTIAL_MORE if kernel == "partial" else _BUDGET[kernel][exponents]
+    if not wide:
+        budget += _NARROW[kernel]
+    return budget * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else budget
+
+
+def register_budget(dtype: str) -> int:
+    """Registers per thread."""
+    return _FLOAT64_REGISTERS if dtype == "float64" else _REGISTERS
