@@ -66,12 +66,17 @@ def test_wide_rows(shape, stride, wide):
 def as_on_a_gpu(monkeypatch):
     """The lanes and loads of a GPU, and enough multiprocessors for every row to be split."""
     monkeypatch.setattr(package, "_device", lambda device: H200)
+    tile = tiling._tile
+    # but the interpreter's way to round
+    monkeypatch.setattr(tiling, "_tile", lambda *size: tile(*size)._replace(interpreted=triton_interpreter.ACTIVE))
 
 
 @needs_kernels
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("dtype", STORAGES)
-@pytest.mark.parametrize(("alpha", "beta"), [(2, 1), (4, 2), (1.5, 0.5), (1, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "beta"),
+    [*((dtype, 2, 1) for dtype in STORAGES), (torch.float32, 4, 2), (torch.float32, 1.5, 0.5), (torch.bfloat16, 1, 0)],
+)
 def test_shared_rows_triton(dtype, alpha, beta):
     """Several programs per row; the maximum in the first, a middle and the last of them, tied, and not a column."""
     columns = 40_000

@@ -90,13 +90,13 @@ def check(variant: Variant) -> Result:
         failures.append(f"{code.registers} registers, budget {most}")
     if variant.kernel == "finish":  # no loop over columns
         return Result(variant, code, None, None, tuple(failures))
-    tile, path = plan(variant).tile, _path(variant)
+    tile, asked = plan(variant).tile, path(variant)
     loops = code.main_loops()
-    expected = 2 if variant.kernel == "row" and path.second_pass else 1
+    expected = 2 if variant.kernel == "row" and asked.second_pass else 1
     if len(loops) != expected:
         failures.append(f"{len(loops)} main loops, expected {expected}")
     per_column = sum(len(loop.turn) for loop in loops) / (tile.vector * tile.loads)
-    budget = tiling.instruction_budget(variant.kernel, variant.dtype, path, variant.wide)
+    budget = tiling.instruction_budget(variant.kernel, variant.dtype, asked, variant.wide)
     if per_column > budget:
         failures.append(f"{per_column:.1f} instructions per column, budget {budget:g}")
     narrow = sum(loop.count("LDG") - loop.count("LDG.E.128", "LDG.E.ENL2.128") for loop in loops)
@@ -114,7 +114,8 @@ def plan(variant: Variant) -> tiling.Plan:
     return tiling.forward_plan(rows, _COLUMNS, storage, DEVICE)
 
 
-def _path(variant: Variant) -> tiling.Path:
+def path(variant: Variant) -> tiling.Path:
+    """What the kernel of ``variant`` is asked for."""
     alpha, beta = variant.exponents or (1, 0)
     return tiling.path(alpha, beta, variant.exponents is not None, variant.targets)
 
@@ -134,7 +135,7 @@ def _source(variant: Variant):
     }  # fmt: skip
     tile = plan(variant).tile
     constants = {
-        "PATH": _path(variant), "TILE": tile, "MOST_SPLITS": tiling.MOST_SPLITS,
+        "PATH": path(variant), "TILE": tile, "MOST_SPLITS": tiling.MOST_SPLITS,
         "dtype": language.float64 if element == "fp64" else language.float32,
     }  # fmt: skip
     wide_integers = {"outer_stride": "i64", "inner_stride": "i64", "ignore_index": "i32"}
