@@ -60,10 +60,10 @@ TRITON = [
     *mutants(
         "grad_output[0] only",
         BACKWARD,
-        "autograd",
+        "autograd layouts",
         "triton and (A04 or A05)",
         ("t-first-gradient-for-all", "grad_terms + row * row_stride.to(tl.int64)", "grad_terms + row * 0"),
-        ("t-contiguous-gradient", "place + CE * term_stride", "place + CE"),
+        ("t-contiguous-gradient", "place + SCED * term_stride", "place + SCED"),
     ),
     *mutants(
         "a wrong merge of maxima",

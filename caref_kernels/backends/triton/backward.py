@@ -130,12 +130,15 @@ def column_gradient(z, constants, PATH: tl.constexpr):
 @triton.jit
 def store_tile(out, parts, start, columns, TILE: tl.constexpr):
     """Write a tile, rounded to the dtype of ``out``."""
-    thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
-    within = thread + tl.arange(0, TILE.vector)[None, :]
-    for load in tl.static_range(TILE.loads):
+    THREADS: tl.constexpr = TILE.threads
+    VECTOR: tl.constexpr = TILE.vector
+    LOADS: tl.constexpr = TILE.loads
+    thread = tl.arange(0, THREADS)[:, None] * VECTOR
+    within = thread + tl.arange(0, VECTOR)[None, :]
+    for load in tl.static_range(LOADS):
         if TILE.pairs:
             both = tl.join(parts[2 * load], parts[2 * load + 1])
-            values = tl.reshape(both, [TILE.threads, TILE.vector])
+            values = tl.reshape(both, [THREADS, VECTOR])
         else:
             values = parts[load]
         column = start + load * TILE.block + within
@@ -149,8 +152,9 @@ def store_tile(out, parts, start, columns, TILE: tl.constexpr):
 @triton.jit
 def fill_tile(out, value, start, columns, TILE: tl.constexpr):
     """Write one value into a tile."""
-    column = start + tl.arange(0, TILE.columns)
-    filled = tl.zeros([TILE.columns], out.dtype.element_ty) + value.to(out.dtype.element_ty)
+    COLUMNS: tl.constexpr = TILE.columns
+    column = start + tl.arange(0, COLUMNS)
+    filled = tl.zeros([COLUMNS], out.dtype.element_ty) + value.to(out.dtype.element_ty)
     tl.store(out + column, filled, mask=column < columns)
 
 
@@ -159,7 +163,7 @@ def special_columns(parts, start, specials, TILE: tl.constexpr):
     """The tile with the gradients of the arg-max and the label columns, which take the place of the general form."""
     argmax, label, top, grad_ce = specials
     changed = ()
-    for part in tl.static_range(TILE.parts):
+    for part in tl.static_range(len(parts)):
         # p - 1 where the label is not the arg-max: p is at most 1/2 there.
         value = tl.where(rows.is_at(label, start, part, TILE), parts[part] - grad_ce, parts[part])
         changed = changed + (tl.where(rows.is_at(argmax, start, part, TILE), top, value),)
@@ -177,13 +181,13 @@ def write_gradient(base, out, bounds, slopes, special, PATH: tl.constexpr, TILE:
     constants = element_constants(slopes, dtype)
     specials = (argmax, label, top, grad_ce.to(dtype))
     for tile in range(first, last):
-        start = tl.multiple_of(tile * TILE.columns, TILE.columns)
+        start = tile * TILE.columns
         if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
             parts = rows.load_masked(base, start, columns, dtype, TILE)
         gradients = ()
-        for part in tl.static_range(TILE.parts):
+        for part in tl.static_range(len(parts)):
             gradients = gradients + (column_gradient(parts[part], constants, PATH),)
         stop = start + TILE.columns
         if ((argmax >= start) & (argmax < stop)) | ((label >= start) & (label < stop)):

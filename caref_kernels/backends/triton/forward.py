@@ -27,15 +27,17 @@ NUM_STATISTICS = tl.constexpr(5)
 def sum_tiles(base, columns, first, last, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr):
     """(maximum, its first column, sums) of tiles [first, last): the sums leave that column out."""
     LOWEST: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
-    thread = tl.arange(0, TILE.threads)[:, None]
-    lane = tl.arange(0, TILE.lanes)[None, :]
+    THREADS: tl.constexpr = TILE.threads
+    LANES: tl.constexpr = TILE.lanes
+    thread = tl.arange(0, THREADS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
     one_lane = tl.where((thread == 0) & (lane == 0), 1.0, 0.0).to(dtype)
-    sums = row_math.zero_sums(tl.zeros([TILE.threads, TILE.lanes], dtype), PATH)
+    sums = row_math.zero_sums(tl.zeros([THREADS, LANES], dtype), PATH)
     maximum = tl.full([], float("-inf"), dtype)
     reference = tl.full([], LOWEST, dtype)  # finite while there is no maximum: -inf - -inf would be NaN
     argmax = tl.full([], 0, tl.int32)
     for tile in range(first, last):
-        start = tl.multiple_of(tile * TILE.columns, TILE.columns)
+        start = tile * TILE.columns
         if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
@@ -49,7 +51,7 @@ def sum_tiles(base, columns, first, last, dtype: tl.constexpr, PATH: tl.constexp
             sums = row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)
             maximum = top
             reference = top
-        for part in tl.static_range(TILE.parts):
+        for part in tl.static_range(len(parts)):
             slices = rows.slices(parts[part], TILE.width, TILE)
             for index in tl.static_range(TILE.width // TILE.lanes):
                 sums = row_math.add_columns(sums, row_math.clamp_shift(slices[index] - reference), PATH)
@@ -73,17 +75,19 @@ def sum_sced(base, bounds, argmax, constants, dtype: tl.constexpr, PATH: tl.cons
     """
     columns, first, last = bounds
     maximum, inverse_d, c = constants
-    density = tl.zeros([TILE.threads, TILE.lanes], dtype)
-    slope = tl.zeros([TILE.threads, TILE.lanes], dtype)
+    THREADS: tl.constexpr = TILE.threads
+    LANES: tl.constexpr = TILE.lanes
+    density = tl.zeros([THREADS, LANES], dtype)
+    slope = tl.zeros([THREADS, LANES], dtype)
     for tile in range(first, last):
-        start = tl.multiple_of(tile * TILE.columns, TILE.columns)
+        start = tile * TILE.columns
         if start + TILE.columns <= columns:
             parts = rows.load_whole(base, start, dtype, TILE)
         else:
             parts = rows.load_masked(base, start, columns, dtype, TILE)
         if (argmax >= start) & (argmax < start + TILE.columns):
             parts = rows.without(parts, argmax, start, TILE)
-        for part in tl.static_range(TILE.parts):
+        for part in tl.static_range(len(parts)):
             slices = rows.slices(parts[part], TILE.width, TILE)
             for index in tl.static_range(TILE.width // TILE.lanes):
                 y = row_math.clamp_shift(slices[index] - maximum)

@@ -145,8 +145,9 @@ def monomial(e, u, D: tl.constexpr, J: tl.constexpr):
 @triton.jit
 def zero_sums(zero, PATH: tl.constexpr):
     """Empty sums of the shape and dtype of ``zero``."""
+    MOMENTS: tl.constexpr = PATH.moments
     sums = (zero, zero)
-    for _ in tl.static_range(PATH.moments):
+    for _ in tl.static_range(MOMENTS):
         sums = sums + (zero,)
     return sums
 
@@ -199,7 +200,7 @@ def shift_sums(sums, delta, PATH: tl.constexpr):
     once = scale.to(dtype)
     shifted = (sums[0] * once, (sums[1] + sums[0] * step) * once)
     if PATH.even:
-        for _ in tl.static_range(1, PATH.alpha):
+        for _ in tl.static_range(PATH.alpha - 1):
             power_of_scale = power_of_scale * scale
         for b in tl.static_range(PATH.beta + 1):
             factor = power_of_scale.to(dtype)

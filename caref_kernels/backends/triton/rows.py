@@ -17,8 +17,9 @@ def row_start(row, inner_rows, outer_stride, inner_stride, TILE: tl.constexpr):
     """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are."""
     row = row.to(tl.int64)
     start = (row // inner_rows) * outer_stride.to(tl.int64) + (row % inner_rows) * inner_stride.to(tl.int64)
+    VECTOR: tl.constexpr = TILE.vector
     if TILE.wide:
-        start = tl.multiple_of(start, TILE.vector)
+        start = tl.multiple_of(start, VECTOR)
     return start
 
 
@@ -61,18 +62,19 @@ def is_at(column, start, PART: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
     """A tile that lies inside the row, as a tuple of ``parts`` arrays of ``dtype``."""
+    LOADS: tl.constexpr = TILE.loads
     parts = ()
     if TILE.pairs:
         words = base.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
         thread = tl.arange(0, TILE.threads)[:, None] * TILE.width
         offsets = thread + tl.arange(0, TILE.width)[None, :]
-        for load in tl.static_range(TILE.loads):
+        for load in tl.static_range(LOADS):
             word = tl.load(words + (offsets + load * (TILE.block // 2)))
             even = (word << 16).to(tl.float32, bitcast=True)
             odd = (word & -65536).to(tl.float32, bitcast=True)
             parts = parts + (even, odd)
     else:
-        for part in tl.static_range(TILE.loads):
+        for part in tl.static_range(LOADS):
             parts = parts + (tl.load(base + columns_of(start, part, TILE)).to(dtype),)
     return parts
 
@@ -80,8 +82,9 @@ def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def load_masked(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
     """The last tile of a row: -inf past its end, which no sum notices."""
+    PARTS: tl.constexpr = TILE.parts
     parts = ()
-    for part in tl.static_range(TILE.parts):
+    for part in tl.static_range(PARTS):
         column = columns_of(start, part, TILE)
         parts = parts + (tl.load(base + column, mask=column < columns, other=float("-inf")).to(dtype),)
     return parts
@@ -100,7 +103,7 @@ def tile_maximum(parts):
 def find_first(parts, value, start, TILE: tl.constexpr):
     """The first column of the tile at ``start`` that holds ``value``."""
     first = NO_COLUMN + start * 0
-    for part in tl.static_range(TILE.parts):
+    for part in tl.static_range(len(parts)):
         first = tl.minimum(first, tl.min(tl.where(parts[part] == value, columns_of(start, part, TILE), NO_COLUMN)))
     return first
 
@@ -109,7 +112,7 @@ def find_first(parts, value, start, TILE: tl.constexpr):
 def without(parts, column, start, TILE: tl.constexpr):
     """The tile at ``start`` with -inf at ``column``: how the arg-max stays out of every sum."""
     changed = ()
-    for part in tl.static_range(TILE.parts):
+    for part in tl.static_range(len(parts)):
         changed = changed + (tl.where(is_at(column, start, part, TILE), float("-inf"), parts[part]),)
     return changed
 
@@ -120,5 +123,6 @@ def slices(array, WIDTH: tl.constexpr, TILE: tl.constexpr):
     if WIDTH <= TILE.lanes:
         return (array,)
     else:
-        low, high = tl.split(tl.reshape(array, [TILE.threads, WIDTH // 2, 2]))
+        THREADS: tl.constexpr = TILE.threads
+        low, high = tl.split(tl.reshape(array, [THREADS, WIDTH // 2, 2]))
         return slices(low, WIDTH // 2, TILE) + slices(high, WIDTH // 2, TILE)
