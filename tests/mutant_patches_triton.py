@@ -15,7 +15,11 @@ TRITON = [
         ROWS,
         "labels layouts numerics",
         "triton and (L03 or S01 or N13 or N04)",
-        ("t-tail-loaded", 'mask=column < columns, other=float("-inf")', 'mask=column < columns + 8, other=float("-inf")'),
+        (
+            "t-tail-loaded",
+            'mask=column < columns, other=float("-inf")',
+            'mask=column < columns + 8, other=float("-inf")',
+        ),
         ("t-tail-counts-as-zero", 'mask=column < columns, other=float("-inf")', "mask=column < columns, other=0.0"),
     ),
     *mutants(
@@ -24,7 +28,11 @@ TRITON = [
         "labels layouts",
         "triton and (L03 or S01 or S03)",
         ("t-tail-written", "tl.store(out + column, rounded, mask=column < columns)", "tl.store(out + column, rounded)"),
-        ("t-fill-past-the-end", "tl.store(out + column, filled, mask=column < columns)", "tl.store(out + column, filled)"),
+        (
+            "t-fill-past-the-end",
+            "tl.store(out + column, filled, mask=column < columns)",
+            "tl.store(out + column, filled)",
+        ),
     ),
     *mutants(
         "32-bit row offset",
@@ -43,7 +51,11 @@ TRITON = [
         "labels",
         "triton and (L01 or L02 or L03)",
         ("t-label-unchecked", "inside = (label >= 0) & (label < columns)", "inside = label == label"),
-        ("t-label-cast-before-check", "tl.load(targets + row).to(tl.int64)", "tl.load(targets + row).to(tl.int32).to(tl.int64)"),
+        (
+            "t-label-cast-before-check",
+            "tl.load(targets + row).to(tl.int64)",
+            "tl.load(targets + row).to(tl.int32).to(tl.int64)",
+        ),
         ("t-negative-label", "inside = (label >= 0) & (label < columns)", "inside = label < columns"),
     ),
     *mutants(
@@ -72,9 +84,21 @@ TRITON = [
         "triton and (N02 or N21 or N22 or shared or splits)",
         ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
         ("t-sums-not-shifted", "row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)", "sums"),
-        ("t-splits-lose-their-maxima", '(maxima > float("-inf")) & (split != winner), 1.0, 0.0)', "split < 0, 1.0, 0.0)"),
-        ("t-last-split-wins", "tl.min(tl.where(maxima == maximum, split, MOST_SPLITS))", "tl.max(tl.where(maxima == maximum, split, 0))"),
-        ("t-arg-max-counted", "            parts = rows.without(parts, argmax, start, TILE)\n            joins", "            joins"),
+        (
+            "t-splits-lose-their-maxima",
+            '(maxima > float("-inf")) & (split != winner), 1.0, 0.0)',
+            "split < 0, 1.0, 0.0)",
+        ),
+        (
+            "t-last-split-wins",
+            "tl.min(tl.where(maxima == maximum, split, MOST_SPLITS))",
+            "tl.max(tl.where(maxima == maximum, split, 0))",
+        ),
+        (
+            "t-arg-max-counted",
+            "            parts = rows.without(parts, argmax, start, TILE)\n            joins",
+            "            joins",
+        ),
     ),
     *mutants(
         "gradient zero, flipped or halved",

@@ -208,7 +208,10 @@ CORE = [path for path in SOURCES if path.relative_to(PACKAGE).parts[0].removesuf
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_core_imports_torch_and_the_standard_library(path):
     allowed = {*sys.stdlib_module_names, "torch", "caref_kernels"}
-    if path.relative_to(PACKAGE).parts[:2] == ("backends", "triton") or path.relative_to(PACKAGE).parts[0] == "gpucheck":
+    if (
+        path.relative_to(PACKAGE).parts[:2] == ("backends", "triton")
+        or path.relative_to(PACKAGE).parts[0] == "gpucheck"
+    ):
         allowed.add("triton")
     assert {name.split(".")[0] for name in _imports(path)} <= allowed
 

@@ -27,7 +27,9 @@ DTYPES = [torch.float32, torch.float64]
 
 
 @triton.jit
-def _kernel(p_ptr, ratio_ptr, q_ptr, out_ptr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, N: tl.constexpr):
+def _kernel(
+    p_ptr, ratio_ptr, q_ptr, out_ptr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, N: tl.constexpr
+):
     index = tl.arange(0, N)
     p = tl.load(p_ptr + index)
     ratio = tl.load(ratio_ptr + index)
@@ -144,7 +146,12 @@ def test_moments(alpha, beta):
     e, d, c = shifted.exp(), torch.tensor(40.0).double(), -4.25
     p, ratio = e / d, shifted - c
     slope = objective.sced_slope(p, ratio, 1 - p, alpha, beta) / (1 - p)
-    expected = [e.sum(), (e * shifted).sum(), objective.sced_density(p, ratio, 1 - p, alpha, beta).sum(), (p * slope).sum()]
+    expected = [
+        e.sum(),
+        (e * shifted).sum(),
+        objective.sced_density(p, ratio, 1 - p, alpha, beta).sum(),
+        (p * slope).sum(),
+    ]
     out = torch.zeros(4, dtype=torch.float64, device=DEVICE)
     _moments_kernel[(1,)](y.to(DEVICE), out, -1.5, c, 40.0, tiling.path(alpha, beta, True, "none"), 64)
     check_identity(out.cpu(), torch.stack(expected), "float64")

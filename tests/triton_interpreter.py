@@ -9,6 +9,8 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
+
 from caref_kernels.backends import triton as backend
 
 ACTIVE = backend.INTERPRETED
@@ -37,6 +39,9 @@ GRADCHECKED = ((2.0, 1.0), (1.5, 0.5), (4.0, 2.0))
 def is_too_large(name: str, parameters: dict[str, object]) -> bool:
     """Whether a test with these parameters would take the interpreter too long."""
     if name == "test_gradcheck_A01" and (parameters["alpha"], parameters["beta"]) not in GRADCHECKED:
+        return True
+    # Rows of float64 lie like those of float32.
+    if name == "test_layout_S01_to_S10" and parameters["dtype"] == torch.float64:
         return True
     columns = parameters.get("columns", 0)
     return name in TOO_LARGE or (isinstance(columns, int) and columns > WIDEST)

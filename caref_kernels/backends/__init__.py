@@ -53,7 +53,9 @@ class Backend(Protocol):
         """
 
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
 ORDER = tuple(_BACKENDS)
 # These check labels on the device, under Triton's interpreter too, which stands for a GPU.
 DEVICE_CHECKED = ("triton",)

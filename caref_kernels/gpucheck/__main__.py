@@ -36,7 +36,9 @@ def _report(chosen: list[aot.Variant], jobs: int) -> int:
     import triton
 
     write = partial(print, file=sys.stdout, flush=True)  # noqa: T201
-    write(f"triton {triton.__version__}, {len(chosen)} kernels; instructions per column on the shortest way round\n{_HEADER}")
+    write(
+        f"triton {triton.__version__}, {len(chosen)} kernels; instructions per column on the shortest way round\n{_HEADER}"
+    )
     failed = 0
     with ProcessPoolExecutor(jobs) as pool:
         for result in pool.map(aot.check, chosen):

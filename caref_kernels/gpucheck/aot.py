@@ -73,7 +73,9 @@ def compile_variant(variant: Variant) -> bytes:
     attributes = {(index,): aligned for index, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     target = GPUTarget("cuda", variant.architecture, 32)
     options = {**COMPILER_OPTIONS, "num_warps": 1 if variant.kernel == "finish" else tile.warps}
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).asm["cubin"]
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).asm[
+        "cubin"
+    ]
 
 
 def check(variant: Variant) -> Result:

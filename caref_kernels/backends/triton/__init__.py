@@ -44,7 +44,9 @@ class TritonBackend:
                 return None
             return f"logits are on {logits.device}, and TRITON_INTERPRET=1 runs on CPU tensors"
         if logits.device.type != "cuda":
-            return f"logits are on {logits.device}, this backend takes GPU tensors (CPU tensors with TRITON_INTERPRET=1)"
+            return (
+                f"logits are on {logits.device}, this backend takes GPU tensors (CPU tensors with TRITON_INTERPRET=1)"
+            )
         return _capability_reason(logits.device)
 
     def describe(self) -> str:
@@ -150,7 +152,11 @@ def _guard(logits: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _device(device: torch.device) -> tiling.Device:
-    return _gpu(device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else INTERPRETER
+    return (
+        _gpu(device.index if device.index is not None else torch.cuda.current_device())
+        if device.type == "cuda"
+        else INTERPRETER
+    )
 
 
 @functools.lru_cache(maxsize=None)

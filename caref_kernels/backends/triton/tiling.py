@@ -82,7 +82,9 @@ def forward_plan(rows: int, columns: int, storage: Storage, device: Device) -> P
     """One warp per row where there are rows enough, then more warps per row, then more programs per row."""
     wanted = BUSY_WARPS * device.multiprocessors
     warps = 1
-    while warps < MOST_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns:
+    while (
+        warps < MOST_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns
+    ):
         warps *= 2
     if 2 * rows * warps > wanted:
         return Plan(_tile(warps, FORWARD_LOADS, storage, device), 1)
@@ -114,7 +116,18 @@ def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
     width, parts = (vector // 2, 2 * loads) if pairs else (vector, loads)
     block = threads * vector
     return Tile(
-        warps, threads, vector, loads, lanes, storage.wide, pairs, block, block * loads, parts, width, device.interpreted
+        warps,
+        threads,
+        vector,
+        loads,
+        lanes,
+        storage.wide,
+        pairs,
+        block,
+        block * loads,
+        parts,
+        width,
+        device.interpreted,
     )
 
 
