@@ -7,7 +7,6 @@ import socket
 
 import pytest
 import torch
-
 import triton_interpreter
 
 from caref_kernels import backends

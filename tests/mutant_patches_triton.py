@@ -7,6 +7,7 @@ from mutant_patches import mutants
 ROWS = "caref_kernels/backends/triton/rows.py"
 ROW_MATH = "caref_kernels/backends/triton/row_math.py"
 FORWARD = "caref_kernels/backends/triton/forward.py"
+TILING = "caref_kernels/backends/triton/tiling.py"
 BACKWARD = "caref_kernels/backends/triton/backward.py"
 
 TRITON = [
@@ -99,6 +100,13 @@ TRITON = [
             "            parts = rows.without(parts, argmax, start, TILE)\n            joins",
             "            joins",
         ),
+    ),
+    *mutants(
+        "a whole row summed in float32",
+        TILING,
+        "triton_kernels",
+        "triton and one_warp",
+        ("t-never-folded", "FOLD = 16", "FOLD = 2**20"),
     ),
     *mutants(
         "gradient zero, flipped or halved",

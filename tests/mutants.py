@@ -83,7 +83,7 @@ class Tree:
         return errors[0] if errors else f"setup.py ended with {done.returncode}"
 
     def test(self, arguments: list[str], interpreted: bool = False) -> tuple[int, str]:
-        """Under Triton's interpreter or not: pytest's exit code (negative for a signal, 124 for the time limit) and output."""
+        """pytest's exit code (negative for a signal, 124 for the time limit) and output."""
         command = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE", *arguments]
         try:
             done = self._run(command, timeout=TEST_TIMEOUT, TRITON_INTERPRET=str(int(interpreted)))

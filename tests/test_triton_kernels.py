@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: the tiling of a GPU, rows that several programs share, and their refusals."""
+"""What is particular to the Triton kernels: a GPU's tiling, rows that several programs share, refusals."""
 
 from __future__ import annotations
 
@@ -132,6 +132,17 @@ def test_unaligned_rows_give_the_same_bits_triton(dtype):
         assert torch.equal(term, getattr(other.terms, name)), name
     for part, gradient in one.gradients.items():
         assert torch.equal(gradient, other.gradients[part]), part
+
+
+@needs_kernels
+def test_one_warp_on_the_widest_row_triton(monkeypatch):
+    """Each thread adds 4096 columns per sum: in float32 alone SCED of a near-uniform row is off by 2e-4."""
+    tile = tiling._tile
+    monkeypatch.setattr(package, "_device", lambda device: H200._replace(multiprocessors=0))
+    monkeypatch.setattr(tiling, "_tile", lambda *size: tile(*size)._replace(interpreted=triton_interpreter.ACTIVE))
+    case = make_case("near_uniform", 1, 262_144, seed=3)
+    actual = evaluate(case.logits.to(DEVICE), case.labels.to(DEVICE), ("sced",), backend="triton")
+    check_evaluation(actual, oracle(case.logits.to(DEVICE), case.labels.to(DEVICE), ("sced",)))
 
 
 @needs_kernels

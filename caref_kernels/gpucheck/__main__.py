@@ -36,9 +36,7 @@ def _report(chosen: list[aot.Variant], jobs: int) -> int:
     import triton
 
     write = partial(print, file=sys.stdout, flush=True)  # noqa: T201
-    write(
-        f"triton {triton.__version__}, {len(chosen)} kernels; instructions per column on the shortest way round\n{_HEADER}"
-    )
+    write(f"triton {triton.__version__}, {len(chosen)} kernels; instructions per column, shortest way round\n{_HEADER}")
     failed = 0
     with ProcessPoolExecutor(jobs) as pool:
         for result in pool.map(aot.check, chosen):
@@ -46,7 +44,8 @@ def _report(chosen: list[aot.Variant], jobs: int) -> int:
             per_column = "" if result.per_column is None else f"{result.per_column:.1f}"
             budget = "" if result.budget is None else f"{result.budget:g}"
             write(
-                f"{result.variant!s:<56} {per_column:>10} {budget:>7} {code.registers:>9} {code.stack:>6} {code.spills:>6}"
+                f"{result.variant!s:<56} {per_column:>10} {budget:>7} "
+                f"{code.registers:>9} {code.stack:>6} {code.spills:>6}"
                 f"{'  FAILS: ' if result.failures else ''}{'; '.join(result.failures)}"
             )
             failed += bool(result.failures)

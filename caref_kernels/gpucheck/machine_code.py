@@ -25,6 +25,12 @@ class Loop(NamedTuple):
     """
 
     turn: tuple[str, ...]
+    first: int = 0  # where it starts and ends in the listing
+    last: int = 0
+
+    def encloses(self, other: Loop) -> bool:
+        """Whether ``other`` is an inner loop of this one."""
+        return self != other and self.first <= other.first and other.last <= self.last
 
     def count(self, *prefixes: str) -> int:
         """How many of its instructions start with one of these."""
@@ -40,8 +46,9 @@ class MachineCode(NamedTuple):
     loops: tuple[Loop, ...]
 
     def main_loops(self) -> tuple[Loop, ...]:
-        """The loops that load and compute: those of the elements, without the one that fills rows with a constant."""
-        return tuple(loop for loop in self.loops if loop.count("LDG") and loop.count("MUFU", "DFMA"))
+        """The innermost loops that load and compute, without the one that fills rows with a constant."""
+        loops = [loop for loop in self.loops if loop.count("LDG") and loop.count("MUFU", "DFMA")]
+        return tuple(loop for loop in loops if not any(loop.encloses(other) for other in loops))
 
 
 def read(cubin: bytes, tools: Path) -> MachineCode:
@@ -95,7 +102,7 @@ def _loops(labels: dict[str, int], instructions: list[str]):
         if header < index:
             way = _shortest_way(labels, instructions, header, index)
             if way:
-                yield Loop(tuple(_name(instructions[place]) for place in way))
+                yield Loop(tuple(_name(instructions[place]) for place in way), header, index)
 
 
 def _shortest_way(labels: dict[str, int], instructions: list[str], first: int, last: int) -> list[int]:

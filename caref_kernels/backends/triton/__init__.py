@@ -159,18 +159,18 @@ def _device(device: torch.device) -> tiling.Device:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpu(index: int) -> tiling.Device:
     properties = torch.cuda.get_device_properties(index)
     return tiling.Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return None

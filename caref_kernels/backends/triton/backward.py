@@ -1,5 +1,5 @@
-"""The gradient of rows: one read, one write.  p is computed again from the logits; the three term gradients are scaled by
-the row's incoming gradient and added in float32 (float64), and rounded once.
+"""The gradient of rows: one read, one write.  p is computed again from the logits; the three term gradients are scaled
+by the row's incoming gradient and added in float32 (float64), and rounded once.
 
 A program reads a tile before it writes it and looks at no other element of the row, so the gradient may overwrite the
 logits.  The arg-max and label columns have a form of their own, applied in the two tiles that hold them.
@@ -81,8 +81,8 @@ def row_slopes(stats, grads, row, vocab_size, PATH: tl.constexpr):
 def element_constants(slopes, dtype: tl.constexpr):
     """Those of ``row_slopes`` that elements use, in ``dtype``.
 
-    The exponent of float32 elements takes log2 d off, so that p costs one multiply-add and no product; its rounding, 4e-7
-    of every p alike, is far below the budget of a gradient.
+    The exponent of float32 elements takes log2 d off, so that p costs one multiply-add and no product; its rounding,
+    4e-7 of every p alike, is far below the budget of a gradient.
     """
     maximum, residual, c, constant, _, grad_sced, grad_kl, top_slope, _ = slopes
     d = 1.0 + residual

@@ -1,5 +1,5 @@
-"""Terms and statistics of rows.  One read of the row for even exponents: a tile is looked at for a new maximum, which is
-rare and then moves every sum, and summed without the arg-max column.  Other exponents read the row a second time.
+"""Terms and statistics of rows.  One read of the row for even exponents: a tile is looked at for a new maximum, which
+is rare and then moves every sum, and summed without the arg-max column.  Other exponents read the row a second time.
 
 A row belongs to one program, or to several where there are few rows: each sums its own tiles, and the finishing kernel
 merges their results.  All threads of a program sum relative to one maximum, so they are added up once, at the end.
@@ -24,6 +24,16 @@ NUM_STATISTICS = tl.constexpr(5)
 
 
 @triton.jit
+def load_tile(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
+    """The tile at ``start``: without a mask unless it is the last one."""
+    if start + TILE.columns <= columns:
+        parts = rows.load_whole(base, start, dtype, TILE)
+    else:
+        parts = rows.load_masked(base, start, columns, dtype, TILE)
+    return parts
+
+
+@triton.jit
 def sum_tiles(base, columns, first, last, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr):
     """(maximum, its first column, sums) of tiles [first, last): the sums leave that column out."""
     LOWEST: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
@@ -32,30 +42,41 @@ def sum_tiles(base, columns, first, last, dtype: tl.constexpr, PATH: tl.constexp
     thread = tl.arange(0, THREADS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     one_lane = tl.where((thread == 0) & (lane == 0), 1.0, 0.0).to(dtype)
-    sums = row_math.zero_sums(tl.zeros([THREADS, LANES], dtype), PATH)
+    empty = tl.zeros([THREADS, LANES], dtype)
+    wide = row_math.zero_sums(tl.zeros([THREADS], tl.float64), PATH)
     maximum = tl.full([], float("-inf"), dtype)
     reference = tl.full([], LOWEST, dtype)  # finite while there is no maximum: -inf - -inf would be NaN
     argmax = tl.full([], 0, tl.int32)
-    for tile in range(first, last):
-        start = tile * TILE.columns
-        if start + TILE.columns <= columns:
-            parts = rows.load_whole(base, start, dtype, TILE)
-        else:
-            parts = rows.load_masked(base, start, columns, dtype, TILE)
-        top = rows.tile_maximum(parts)
-        if top > maximum:
-            argmax = rows.find_first(parts, top, start, TILE)
-            parts = rows.without(parts, argmax, start, TILE)
-            joins = tl.where(maximum > float("-inf"), one_lane, 0.0)
-            sums = row_math.add_top(sums, joins, PATH)
-            sums = row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)
-            maximum = top
-            reference = top
-        for part in tl.static_range(len(parts)):
-            slices = rows.slices(parts[part], TILE.width, TILE)
-            for index in tl.static_range(TILE.width // TILE.lanes):
-                sums = row_math.add_columns(sums, row_math.clamp_shift(slices[index] - reference), PATH)
-    return maximum, argmax, sums
+    for group in range(first, last, TILE.fold):
+        sums = row_math.zero_sums(empty, PATH)
+        for tile in range(group, tl.minimum(group + TILE.fold, last)):
+            start = tile * TILE.columns
+            parts = load_tile(base, start, columns, dtype, TILE)
+            top = rows.tile_maximum(parts)
+            if top > maximum:
+                argmax = rows.find_first(parts, top, start, TILE)
+                parts = rows.without(parts, argmax, start, TILE)
+                joins = tl.where(maximum > float("-inf"), one_lane, 0.0)
+                delta = row_math.rise(maximum, top)
+                sums = row_math.shift_sums(row_math.add_top(sums, joins, PATH), delta, PATH)
+                wide = row_math.shift_sums(wide, delta, PATH)
+                maximum = top
+                reference = top
+            for part in tl.static_range(len(parts)):
+                slices = rows.slices(parts[part], TILE.width, TILE)
+                for index in tl.static_range(TILE.width // TILE.lanes):
+                    sums = row_math.add_columns(sums, row_math.clamp_shift(slices[index] - reference), PATH)
+        wide = fold(wide, sums)
+    return maximum, argmax, wide
+
+
+@triton.jit
+def fold(wide, sums):
+    """The float64 sums of every thread with those of its lanes: a float32 sum of a whole row would lose four digits."""
+    folded = ()
+    for index in tl.static_range(len(sums)):
+        folded = folded + (wide[index] + tl.sum(sums[index].to(tl.float64), axis=1),)
+    return folded
 
 
 @triton.jit
@@ -77,25 +98,26 @@ def sum_sced(base, bounds, argmax, constants, dtype: tl.constexpr, PATH: tl.cons
     maximum, inverse_d, c = constants
     THREADS: tl.constexpr = TILE.threads
     LANES: tl.constexpr = TILE.lanes
-    density = tl.zeros([THREADS, LANES], dtype)
-    slope = tl.zeros([THREADS, LANES], dtype)
-    for tile in range(first, last):
-        start = tile * TILE.columns
-        if start + TILE.columns <= columns:
-            parts = rows.load_whole(base, start, dtype, TILE)
-        else:
-            parts = rows.load_masked(base, start, columns, dtype, TILE)
-        if (argmax >= start) & (argmax < start + TILE.columns):
-            parts = rows.without(parts, argmax, start, TILE)
-        for part in tl.static_range(len(parts)):
-            slices = rows.slices(parts[part], TILE.width, TILE)
-            for index in tl.static_range(TILE.width // TILE.lanes):
-                y = row_math.clamp_shift(slices[index] - maximum)
-                p = row_math.exponential(y) * inverse_d
-                q = 1 - p
-                density += row_math.sced_density(p, y - c, q, PATH.alpha, PATH.beta)
-                slope += p * row_math.sced_slope(p, y - c, q, PATH.alpha, PATH.beta) / q
-    return tl.sum(density.to(tl.float64)), tl.sum(slope.to(tl.float64))
+    empty = tl.zeros([THREADS, LANES], dtype)
+    wide = (tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64))
+    for group in range(first, last, TILE.fold):
+        density = empty
+        slope = empty
+        for tile in range(group, tl.minimum(group + TILE.fold, last)):
+            start = tile * TILE.columns
+            parts = load_tile(base, start, columns, dtype, TILE)
+            if (argmax >= start) & (argmax < start + TILE.columns):
+                parts = rows.without(parts, argmax, start, TILE)
+            for part in tl.static_range(len(parts)):
+                slices = rows.slices(parts[part], TILE.width, TILE)
+                for index in tl.static_range(TILE.width // TILE.lanes):
+                    y = row_math.clamp_shift(slices[index] - maximum)
+                    p = row_math.exponential(y) * inverse_d
+                    q = 1 - p
+                    density += row_math.sced_density(p, y - c, q, PATH.alpha, PATH.beta)
+                    slope += p * row_math.sced_slope(p, y - c, q, PATH.alpha, PATH.beta) / q
+        wide = fold(wide, (density, slope))
+    return tl.sum(wide[0]), tl.sum(wide[1])
 
 
 @triton.jit
@@ -126,7 +148,7 @@ def write_empty(terms, stats, row, counts):
 
 @triton.jit
 def finish_row(terms, stats, row, seen, label_logit, sced_sums, vocab_size, PATH: tl.constexpr):
-    """Write one row from its sums.  ``seen`` is (maximum, arg-max column, sums), ``sced_sums`` those of a second pass."""
+    """Write one row; ``seen`` is (maximum, arg-max column, sums), ``sced_sums`` those of a second pass."""
     dtype: tl.constexpr = terms.dtype.element_ty
     maximum, argmax, sums = seen
     residual = sums[0]
@@ -198,8 +220,8 @@ def row_kernel(
 
 
 @triton.jit
-def tiles_of_split(split, splits, last, TILE: tl.constexpr):
-    """Tiles [first, end) of one of the programs that share a row of ``last`` tiles; empty for some, if they outnumber."""
+def tiles_of_split(split, splits, last):
+    """Tiles [first, end) of one of the programs that share a row of ``last`` tiles; some may have none."""
     share = tl.cdiv(last, splits)
     first = tl.minimum(split * share, last)
     return first, tl.minimum(first + share, last)
@@ -238,7 +260,7 @@ def partial_kernel(
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
-        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns), TILE)
+        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns))
         maximum, argmax, sums = sum_tiles(base, columns, first, last, dtype, PATH, TILE)
         totals = add_threads(sums)
         out = partials + (row * splits + split) * WIDTH
@@ -259,7 +281,7 @@ def second_kernel(
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
-        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns), TILE)
+        first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns))
         maximum, argmax, sums = merge_partials(partials, row, splits, PATH, MOST_SPLITS, dtype)
         d, c = row_constants(sums[0], vocab_size.to(tl.float64), dtype)
         constants = (maximum, (1.0 / d).to(dtype), c.to(dtype))

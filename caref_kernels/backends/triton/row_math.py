@@ -240,7 +240,7 @@ def slope_sum_from_moments(sums, c, d, PATH: tl.constexpr):
 
 @triton.jit
 def rounded(values, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """``values`` in ``dtype``, to nearest even.  Triton's interpreter cuts bfloat16 off instead, so there bits are used."""
+    """``values`` in ``dtype``, to nearest even: by hand for bfloat16 under Triton's interpreter, which cuts off."""
     if EMULATED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 # One load instruction of a thread: the widest there is.
 VECTOR_BYTES = 16
-# Load instructions of a thread per tile.  In the forward they share one look for a new maximum (ten shuffles), and 64
-# bytes in flight per thread hide the latency of memory from four warps per scheduler on.  In the backward they share the
-# checks for the end of the row and for the two columns with a form of their own.
+# Load instructions of a thread per tile.  In the forward they share one look for a new maximum (ten shuffles), and
+# 64 bytes in flight per thread hide the latency of memory from four warps per scheduler on.  In the backward they share
+# the checks for the end of the row and for the two columns with a form of their own.
 FORWARD_LOADS = 4
 BACKWARD_LOADS = 4
 # Rows that are loaded column by column hold an address per column, so they take half of it.
@@ -20,6 +20,9 @@ NARROW_BACKWARD_LOADS = 2
 # Columns that a thread sums side by side: two independent chains hide the four cycles of an addition, and every further
 # one costs a register per sum (8 sums for alpha = 2, beta = 1).
 LANES = 2
+# Tiles after which a thread folds its lanes into float64: at most 256 float32 additions in a row, as in csrc/cpu.  A row
+# of 262,144 in one warp and float32 alone is off by 2e-4; the fold costs 0.1 instructions per column.
+FOLD = 16
 # Warps per multiprocessor that keep its four schedulers busy while one in four waits for memory.
 BUSY_WARPS = 16
 # A row is shared by at most this many warps of one program.  With a single warp the maximum of a tile needs no barrier,
@@ -52,6 +55,7 @@ class Tile(NamedTuple):
     columns: int  # columns of the tile
     parts: int  # arrays that hold it: one per load, or the even and the odd columns of each
     width: int  # columns per thread of one of them
+    fold: int  # tiles between two folds of the lanes' sums into float64
     interpreted: bool
 
 
@@ -116,19 +120,9 @@ def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
     width, parts = (vector // 2, 2 * loads) if pairs else (vector, loads)
     block = threads * vector
     return Tile(
-        warps,
-        threads,
-        vector,
-        loads,
-        lanes,
-        storage.wide,
-        pairs,
-        block,
-        block * loads,
-        parts,
-        width,
+        warps, threads, vector, loads, lanes, storage.wide, pairs, block, block * loads, parts, width, FOLD,
         device.interpreted,
-    )
+    )  # fmt: skip
 
 
 class Path(NamedTuple):
@@ -159,9 +153,9 @@ def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
 
 # --- Budgets: what the compiled kernels may use.  A test compiles them, without a GPU, and counts. ---
 
-# An H200 issues one instruction per column in 16.4 us at N = 4096, V = 128,256, and reads a bfloat16 column in 1/14.9 of
-# the time of 14.9 of them: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers
-# are those of the worst of sm_80, sm_90 and sm_100 (triton 3.9), and half an instruction.
+# At N = 4096, V = 128,256 an H200 issues one instruction for every column in 16.4 us and reads all of them, bfloat16, in
+# 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers are
+# those of the worst of sm_80, sm_90 and sm_100 (triton 3.9), and up to one more.
 _BUDGET = {
     "row": {(2, 0): 14.5, (2, 1): 19.5, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 28.5, (4, 2): 37.0, "none": 10.5},
     "gradient": {(2, 0): 15.5, (2, 1): 17.5, (2, 2): 19.5, (4, 0): 17.5, (4, 1): 19.5, (4, 2): 21.5, "none": 11.5},
