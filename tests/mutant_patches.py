@@ -30,6 +30,10 @@ class Mutant(NamedTuple):
         return self.path.startswith("csrc/")
 
     @property
+    def is_interpreted(self) -> bool:
+        return self.path.startswith("caref_kernels/backends/triton/")
+
+    @property
     def is_control(self) -> bool:
         return self.mistake == "none"
 

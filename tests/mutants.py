@@ -4,7 +4,7 @@
     python tests/mutants.py --list        their names, files and tests
     python tests/mutants.py NAME...       these ones; a part of a name is enough
 
-Each mutant is a text patch that must match its file exactly once (mutant_patches.py, mutant_patches_compiled.py).  It
+Each mutant is a text patch that must match its file exactly once (mutant_patches*.py).  It
 counts as killed only if a test fails with it and passes without it.  Exit code 1: some mutant survived, or its trial
 was not fair: the patch does not compile, or the test fails without it too.
 """
@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 from mutant_patches import PYTHON, Mutant
 from mutant_patches_compiled import COMPILED
+from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-MUTANTS = [*PYTHON, *COMPILED]
+MUTANTS = [*PYTHON, *TRITON, *COMPILED]
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed
@@ -81,20 +82,22 @@ class Tree:
         errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
         return errors[0] if errors else f"setup.py ended with {done.returncode}"
 
-    def test(self, arguments: list[str]) -> tuple[int, str]:
+    def test(self, arguments: list[str], interpreted: bool = False) -> tuple[int, str]:
         """pytest's exit code (negative for a signal, 124 for the time limit) and output."""
         command = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE", *arguments]
         try:
-            done = self._run(command, timeout=TEST_TIMEOUT)
+            done = self._run(command, timeout=TEST_TIMEOUT, TRITON_INTERPRET=str(int(interpreted)))
         except subprocess.TimeoutExpired:
             return 124, f"no end after {TEST_TIMEOUT} s"
         return done.returncode, done.stdout + done.stderr
 
-    def _run(self, arguments: list[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    def _run(
+        self, arguments: list[str], timeout: float | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=self.path,
-            env=self._environment,
+            env=self._environment | environment,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -139,7 +142,7 @@ class Trial:
             tree.restore(mutant, original)
 
     def _judge(self, tree: Tree, mutant: Mutant) -> tuple[str, str]:
-        code, output = tree.test(mutant.arguments())
+        code, output = tree.test(mutant.arguments(), mutant.is_interpreted)
         if code == 0:
             return "survived", f"passed: {' '.join(mutant.arguments())}"
         if code == 1:
@@ -153,15 +156,15 @@ class Trial:
             arguments, detail = mutant.arguments(), f"crash, signal {-code}" if code < 0 else "time limit"
         else:
             return "unfair", f"pytest ended with {code}: " + output.strip().splitlines()[-1]
-        if not self._passes_unpatched(arguments):
+        if not self._passes_unpatched(arguments, mutant.is_interpreted):
             return "unfair", f"{detail} fails without the patch too"
         return "killed", detail
 
-    def _passes_unpatched(self, arguments: list[str]) -> bool:
+    def _passes_unpatched(self, arguments: list[str], interpreted: bool) -> bool:
         with self._lock:
             key = tuple(arguments)
             if key not in self._passes:
-                self._passes[key] = self._clean.test(arguments)[0] == 0
+                self._passes[key] = self._clean.test(arguments, interpreted)[0] == 0
             return self._passes[key]
 
 

@@ -26,25 +26,45 @@ BAD_LABELS = (5, 6, -1, -101, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63))
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_label_out_of_range_L01_L02_X10(backend, label, reduction):
+def test_label_out_of_range_L01_L02_X10(raising_backend, label, reduction):
     """No wrap to a valid column after a cast to 32 bits: 2**32 + 1 would be column 1."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4, label, 1])
     with pytest.raises(IndexError, match=rf"labels: target {label} at row 2 is out of range \[0, 5\)"):
-        caref_loss(logits, labels, reduction=reduction, backend=backend)
+        caref_loss(logits, labels, reduction=reduction, backend=raising_backend)
 
 
-def test_first_bad_label_is_named_L01(backend):
+def test_first_bad_label_is_named_L01(raising_backend):
     logits = torch.zeros(4, 5)
     with pytest.raises(IndexError, match="target 9 at row 1 .*ignore_index=-100"):
-        caref_loss(logits, torch.tensor([-100, 9, 0, 77], dtype=torch.int32), backend=backend)
+        caref_loss(logits, torch.tensor([-100, 9, 0, 77], dtype=torch.int32), backend=raising_backend)
 
 
-def test_row_of_a_bad_label_in_three_dimensions_L01(backend):
+def test_row_of_a_bad_label_in_three_dimensions_L01(raising_backend):
     labels = torch.zeros(2, 3, dtype=torch.long)
     labels[1, 2] = 8
     with pytest.raises(IndexError, match="target 8 at row 5"):
-        caref_loss(torch.zeros(2, 3, 8), labels, backend=backend)
+        caref_loss(torch.zeros(2, 3, 8), labels, backend=raising_backend)
+
+
+@pytest.mark.parametrize("label", BAD_LABELS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_label_out_of_range_on_a_device_L01_L02(silent_backend, label, dtype):
+    """Its row is NaN with a zero gradient, and the other rows do not notice; nothing is raised or waited for."""
+    if not torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max:
+        return
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 4, label, 1], dtype=dtype)
+    rows = torch.tensor([0, 1, 3])
+    for options in ({}, {"alpha": 1.5, "beta": 0.5}):
+        expected = oracle(logits[rows], labels[rows], **options)
+        leaf = logits.clone().requires_grad_()
+        out = caref_loss(leaf, labels, reduction="none", return_terms=True, backend=silent_backend, **options)
+        assert all(math.isnan(term.detach()[2]) for term in out)
+        check_term("loss", out.loss.detach()[rows], expected.terms.loss)
+        gradient = torch.autograd.grad(out.loss.sum(), leaf)[0]
+        assert torch.count_nonzero(gradient[2]) == 0
+        check_gradient(gradient[rows], expected.gradients["loss"])
 
 
 GUARD = 64
@@ -92,11 +112,11 @@ def test_canaries_of_good_calls_L03_X11_X14(backend, columns, dtype):
 
 
 @pytest.mark.parametrize("label", BAD_LABELS)
-def test_canaries_of_bad_labels_L03_X10_X15(backend, label):
+def test_canaries_of_bad_labels_L03_X10_X15(raising_backend, label):
     """The label of the last row lies past the end: neither direction may touch the rim, whatever it raises."""
     logits = Guarded(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)))
     labels = Guarded(torch.tensor([0, 1, label]))
-    spec = (2.0, 1.0, 5, -100, True, backend)
+    spec = (2.0, 1.0, 5, -100, True, raising_backend)
     with pytest.raises(IndexError):
         torch.ops.caref_kernels.forward(logits.view, labels.view, *spec)
     stats = Guarded(torch.ones(3, 5))
@@ -108,6 +128,20 @@ def test_canaries_of_bad_labels_L03_X10_X15(backend, label):
         torch.ops.caref_kernels.backward_(grad_terms.view, out.view, labels.view, stats.view, *spec)
     assert all(guarded.intact() for guarded in (logits, labels, stats, grad_terms))
     assert out.rim_intact()
+
+
+@pytest.mark.parametrize("label", BAD_LABELS)
+@pytest.mark.parametrize("columns", [5, 129])
+def test_canaries_of_bad_labels_on_a_device_L03_X10_X15(silent_backend, label, columns):
+    logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, label])
+    inputs, overwritten, gradient = _ops_under_guard(silent_backend, logits, labels, logits.dtype)
+    assert all(torch.equal(torch.nan_to_num(guarded.view), torch.nan_to_num(guarded.values)) for guarded in inputs)
+    assert all(guarded.rim_intact() for guarded in (*inputs, overwritten))
+    if not 0 <= label < columns:
+        assert torch.count_nonzero(gradient[2]) == 0
+    assert torch.count_nonzero(gradient[:2]) == 2 * columns
+    assert torch.equal(overwritten.view, gradient)
 
 
 HOSTILE = """
@@ -138,7 +172,7 @@ import sys, torch
 from caref_kernels import backends, caref_loss
 torch.set_num_threads(1)
 for name in backends.ORDER:
-    if backends.get(name).unsupported(torch.empty(1, 2)) is not None:
+    if name in backends.DEVICE_CHECKED or backends.get(name).unsupported(torch.empty(1, 2)) is not None:
         continue
     try:
         caref_loss(torch.zeros(2, 5), torch.tensor([0, 5]), backend=name)

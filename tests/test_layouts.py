@@ -101,6 +101,26 @@ def test_inplace_gradient_stays_inside_a_strided_view_S08(backend, dtype, layout
     assert torch.equal(torch.nan_to_num(storage[~inside], nan=7), torch.nan_to_num(before[~inside], nan=7))
 
 
+@pytest.mark.parametrize("layout", ["transposed", "every second row", "expanded"])
+def test_strides_of_the_row_gradients_A05(backend, layout):
+    """The operator takes (N, 3) gradients of the terms with any strides."""
+    case = make_case("lm_like", 4, 33, seed=8, ignored=1)
+    spec = (2.0, 1.0, 33, -100, True, backend)
+    weights = torch.randn(8, 3, generator=torch.Generator().manual_seed(8))
+    strided = {
+        "transposed": weights[:4].t().contiguous().t(),
+        "every second row": weights[::2],
+        "expanded": weights[:1].expand(4, 3),
+    }[layout]
+    _, stats = torch.ops.caref_kernels.forward(*case, *spec)
+    gradients = [
+        torch.ops.caref_kernels.backward(grad_terms, *case, stats, *spec)
+        for grad_terms in (strided, strided.clone(memory_format=torch.contiguous_format))
+    ]
+    assert torch.equal(*gradients)
+    assert torch.count_nonzero(gradients[0]) == 3 * 33
+
+
 def test_gradient_reaches_the_padded_base_S03(backend):
     """A column slice of a padded vocabulary: the padding gets exactly 0."""
     base = _values((4, 40), torch.float32).clone().requires_grad_()

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import RowSpec
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,8 +31,9 @@ class Backend(Protocol):
 
     ``targets`` (N,) contiguous: int32/int64 labels, a bool mask of the rows that count, or ``None`` (all count).
     A label equal to ``spec.ignore_index`` or a mask of False leaves the row out: terms, statistics and gradient are 0,
-    whatever its logits hold.  Any other label outside [0, V) raises IndexError on the CPU and elsewhere makes the row
-    NaN; no address is ever formed from it.  A row without a softmax (NaN, +inf, or nothing but -inf) is NaN alone.
+    whatever its logits hold.  Any other label outside [0, V) raises IndexError on the CPU; on a device, where an error
+    would be a synchronisation, it makes the row's terms NaN and its gradient 0.  No address is ever formed from it.  A
+    row without a softmax (NaN, +inf, or nothing but -inf) is NaN alone.
     """
 
     name: str
@@ -51,8 +53,12 @@ class Backend(Protocol):
         """
 
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
 ORDER = tuple(_BACKENDS)
+# These check labels on the device, under Triton's interpreter too, which stands for a GPU.
+DEVICE_CHECKED = ("triton",)
 
 
 def get(name: str) -> Backend:

@@ -1,0 +1,128 @@
+"""How kernels see a row: where it starts, its tiles, its target.
+
+Thread t always holds the same columns of a tile, whether the row's start allows wide loads or not, so a row gives the
+same bits wherever it lies.  Offsets of rows are 64-bit, columns within a row 32-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def row_start(row, inner_rows, outer_stride, inner_stride, TILE: tl.constexpr):
+    """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are."""
+    row = row.to(tl.int64)
+    start = (row // inner_rows) * outer_stride.to(tl.int64) + (row % inner_rows) * inner_stride.to(tl.int64)
+    VECTOR: tl.constexpr = TILE.vector
+    if TILE.wide:
+        start = tl.multiple_of(start, VECTOR)
+    return start
+
+
+@triton.jit
+def target_of(targets, row, columns, ignore_index, PATH: tl.constexpr):
+    """(counts, inside, label) of a row: whether it counts, whether its label is a column (0 where it is not)."""
+    if PATH.targets == "labels":
+        label = tl.load(targets + row).to(tl.int64)
+        counts = label != ignore_index
+        inside = (label >= 0) & (label < columns)
+        return counts, inside, tl.where(inside, label, 0).to(tl.int32)
+    elif PATH.targets == "mask":
+        return tl.load(targets + row) != 0, True, 0
+    else:
+        return True, True, 0
+
+
+@triton.jit
+def columns_of(start, PART: tl.constexpr, TILE: tl.constexpr):
+    """The columns of one of the arrays that hold the tile at ``start``: (threads, width) int32."""
+    thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
+    column = tl.arange(0, TILE.width)[None, :]
+    if TILE.pairs:
+        return start + (PART // 2) * TILE.block + thread + 2 * column + PART % 2
+    else:
+        return start + PART * TILE.block + thread + column
+
+
+@triton.jit
+def is_at(column, start, PART: tl.constexpr, TILE: tl.constexpr):
+    """Where ``column`` is in one of the arrays of the tile at ``start``: one difference per thread, not per column."""
+    thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
+    within = tl.arange(0, TILE.width)[None, :]
+    if TILE.pairs:
+        return (column - start - (PART // 2) * TILE.block - PART % 2 - thread) == 2 * within
+    else:
+        return (column - start - PART * TILE.block - thread) == within
+
+
+@triton.jit
+def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
+    """A tile that lies inside the row, as a tuple of ``parts`` arrays of ``dtype``."""
+    LOADS: tl.constexpr = TILE.loads
+    parts = ()
+    if TILE.pairs:
+        words = base.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
+        thread = tl.arange(0, TILE.threads)[:, None] * TILE.width
+        offsets = thread + tl.arange(0, TILE.width)[None, :]
+        for load in tl.static_range(LOADS):
+            word = tl.load(words + (offsets + load * (TILE.block // 2)))
+            even = (word << 16).to(tl.float32, bitcast=True)
+            odd = (word & -65536).to(tl.float32, bitcast=True)
+            parts = parts + (even, odd)
+    else:
+        for part in tl.static_range(LOADS):
+            parts = parts + (tl.load(base + columns_of(start, part, TILE)).to(dtype),)
+    return parts
+
+
+@triton.jit
+def load_masked(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
+    """The last tile of a row: -inf past its end, which no sum notices."""
+    PARTS: tl.constexpr = TILE.parts
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = columns_of(start, part, TILE)
+        parts = parts + (tl.load(base + column, mask=column < columns, other=float("-inf")).to(dtype),)
+    return parts
+
+
+@triton.jit
+def tile_maximum(parts):
+    """The largest element of a tile; NaN may or may not pass."""
+    top = parts[0]
+    for part in tl.static_range(1, len(parts)):
+        top = tl.maximum(top, parts[part])
+    return tl.max(top)
+
+
+@triton.jit
+def find_first(parts, value, start, TILE: tl.constexpr):
+    """The first column of the tile at ``start`` that holds ``value``."""
+    first = NO_COLUMN + start * 0
+    for part in tl.static_range(len(parts)):
+        first = tl.minimum(first, tl.min(tl.where(parts[part] == value, columns_of(start, part, TILE), NO_COLUMN)))
+    return first
+
+
+@triton.jit
+def without(parts, column, start, TILE: tl.constexpr):
+    """The tile at ``start`` with -inf at ``column``: how the arg-max stays out of every sum."""
+    changed = ()
+    for part in tl.static_range(len(parts)):
+        changed = changed + (tl.where(is_at(column, start, part, TILE), float("-inf"), parts[part]),)
+    return changed
+
+
+@triton.jit
+def slices(array, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The columns of an array in tuples of ``lanes``, in no particular order; no data moves."""
+    if WIDTH <= TILE.lanes:
+        return (array,)
+    else:
+        THREADS: tl.constexpr = TILE.threads
+        low, high = tl.split(tl.reshape(array, [THREADS, WIDTH // 2, 2]))
+        return slices(low, WIDTH // 2, TILE) + slices(high, WIDTH // 2, TILE)

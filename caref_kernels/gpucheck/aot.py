@@ -1,0 +1,156 @@
+"""Every Triton kernel compiled ahead of time, for GPUs that need not be here, and held to its budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..backends.triton import COMPILER_OPTIONS, tiling
+from . import machine_code
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
+# Every one-pass path, two that take a second pass (one with a logarithm, one without), and no SCED at all.
+EXPONENTS = (*tiling.EVEN_EXPONENTS, (1, 1), (1.5, 0.5), None)
+DEFAULT = (2, 1)
+# The reference machine of performance figures; only the choice of tiles depends on it.
+DEVICE = tiling.Device(multiprocessors=132, warp_size=32)
+_ROWS, _FEW_ROWS, _COLUMNS = 4096, 8, 128_256
+
+
+class Variant(NamedTuple):
+    """One kernel as it is compiled for one kind of call."""
+
+    kernel: str  # row, partial, second, finish or gradient
+    dtype: str
+    exponents: tuple[float, float] | None  # None: without SCED
+    architecture: int
+    wide: bool = True
+    targets: str = "labels"
+
+    def __str__(self) -> str:
+        exponents = "no SCED" if self.exponents is None else "{:g},{:g}".format(*self.exponents)
+        rows = "wide" if self.wide else "narrow"
+        return f"{self.kernel} {self.dtype} ({exponents}) {rows} {self.targets} sm_{self.architecture}"
+
+
+class Result(NamedTuple):
+    """What became of a variant; ``failures`` says which budgets it exceeds."""
+
+    variant: Variant
+    code: machine_code.MachineCode
+    per_column: float | None  # instructions of all main loops, for one column
+    budget: float | None
+    failures: tuple[str, ...]
+
+
+def variants(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Variant]:
+    """Every kernel x dtype x path of each architecture, and other layouts and targets for the default path."""
+    for architecture in architectures:
+        for dtype in DTYPES:
+            for exponents in EXPONENTS:
+                for kernel in ("row", "gradient"):
+                    yield Variant(kernel, dtype, exponents, architecture)
+            for kernel in ("row", "gradient"):
+                yield Variant(kernel, dtype, DEFAULT, architecture, wide=False)
+                yield Variant(kernel, dtype, DEFAULT, architecture, targets="mask")
+                yield Variant(kernel, dtype, DEFAULT, architecture, targets="none")
+            for exponents in (DEFAULT, (1.5, 0.5)):
+                yield Variant("partial", dtype, exponents, architecture)
+                yield Variant("finish", dtype, exponents, architecture)
+            yield Variant("second", dtype, (1.5, 0.5), architecture)
+
+
+def compile_variant(variant: Variant) -> bytes:
+    """The cubin of ``variant``, made without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constants, tile = _source(variant)
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(index,): aligned for index, kind in enumerate(signature.values()) if str(kind).startswith("*")}
+    target = GPUTarget("cuda", variant.architecture, 32)
+    options = {**COMPILER_OPTIONS, "num_warps": 1 if variant.kernel == "finish" else tile.warps}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).asm[
+        "cubin"
+    ]
+
+
+def check(variant: Variant) -> Result:
+    """Compile ``variant`` and compare it with the budgets of tiling.py."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    code = machine_code.read(compile_variant(variant), tools)
+    failures = []
+    if code.spills or code.stack:
+        failures.append(f"{code.spills} spills, {code.stack} bytes of stack")
+    most = tiling.register_budget(variant.dtype)
+    if code.registers > most:
+        failures.append(f"{code.registers} registers, budget {most}")
+    if variant.kernel == "finish":  # no loop over columns
+        return Result(variant, code, None, None, tuple(failures))
+    tile, asked = plan(variant).tile, path(variant)
+    loops = code.main_loops()
+    expected = 2 if variant.kernel == "row" and asked.second_pass else 1
+    if len(loops) != expected:
+        failures.append(f"{len(loops)} main loops, expected {expected}")
+    per_column = sum(len(loop.turn) for loop in loops) / (tile.vector * tile.loads)
+    budget = tiling.instruction_budget(variant.kernel, variant.dtype, asked, variant.wide)
+    if per_column > budget:
+        failures.append(f"{per_column:.1f} instructions per column, budget {budget:g}")
+    narrow = sum(loop.count("LDG") - loop.count("LDG.E.128", "LDG.E.ENL2.128") for loop in loops)
+    if variant.wide and narrow:
+        failures.append(f"{narrow} loads of a turn are narrower than 16 bytes")
+    return Result(variant, code, per_column, budget, tuple(failures))
+
+
+def plan(variant: Variant) -> tiling.Plan:
+    """The tile of ``variant``, at the size of a language model's batch."""
+    storage = tiling.Storage(DTYPES[variant.dtype][1], variant.wide, variant.dtype == "bfloat16")
+    if variant.kernel == "gradient":
+        return tiling.backward_plan(_ROWS, _COLUMNS, storage, DEVICE)
+    rows = _ROWS if variant.kernel == "row" else _FEW_ROWS
+    return tiling.forward_plan(rows, _COLUMNS, storage, DEVICE)
+
+
+def path(variant: Variant) -> tiling.Path:
+    """What the kernel of ``variant`` is asked for."""
+    alpha, beta = variant.exponents or (1, 0)
+    return tiling.path(alpha, beta, variant.exponents is not None, variant.targets)
+
+
+def _source(variant: Variant):
+    """(kernel, signature, constants, tile); the signature by the names of the kernel's parameters."""
+    from triton import language
+
+    from ..backends.triton import backward, forward
+
+    storage = DTYPES[variant.dtype][0]
+    element = "fp64" if variant.dtype == "float64" else "fp32"
+    pointers = {
+        "logits": f"*{storage}", "out": f"*{storage}", "targets": "*u8" if variant.targets == "mask" else "*i64",
+        "terms": f"*{element}", "stats": f"*{element}", "grad_terms": f"*{element}", "partials": "*fp64",
+        "sced_partials": "*fp64",
+    }  # fmt: skip
+    tile = plan(variant).tile
+    constants = {
+        "PATH": path(variant), "TILE": tile, "MOST_SPLITS": tiling.MOST_SPLITS,
+        "dtype": language.float64 if element == "fp64" else language.float32,
+    }  # fmt: skip
+    wide_integers = {"outer_stride": "i64", "inner_stride": "i64", "ignore_index": "i32"}
+    kernel = {
+        "row": forward.row_kernel, "partial": forward.partial_kernel, "second": forward.second_kernel,
+        "finish": forward.finish_kernel, "gradient": backward.gradient_kernel,
+    }[variant.kernel]  # fmt: skip
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "strides":
+            signature[name] = ("i64",) * 6
+        else:
+            signature[name] = pointers.get(name) or wide_integers.get(name, "i32")
+    return kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants}, tile

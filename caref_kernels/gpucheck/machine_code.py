@@ -1,0 +1,134 @@
+"""Reads a cubin with the disassembler of Triton's wheel: registers, spills, and what a loop costs per turn."""
+
+from __future__ import annotations
+
+import heapq
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
+_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+_PREDICATE = re.compile(r"^@!?U?P\w+ ")
+_RESOURCE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
+_SPILLS = ("LDL", "STL")
+
+
+class Loop(NamedTuple):
+    """The instructions of one turn, on the shortest way round.
+
+    Longer ways are the rare ones by construction: the masked last tile, a tile with a new maximum, the two tiles with
+    columns of their own form.
+    """
+
+    turn: tuple[str, ...]
+    first: int = 0  # where it starts and ends in the listing
+    last: int = 0
+
+    def encloses(self, other: Loop) -> bool:
+        """Whether ``other`` is an inner loop of this one."""
+        return self != other and self.first <= other.first and other.last <= self.last
+
+    def count(self, *prefixes: str) -> int:
+        """How many of its instructions start with one of these."""
+        return sum(name.startswith(prefixes) for name in self.turn)
+
+
+class MachineCode(NamedTuple):
+    """What a cubin says about itself."""
+
+    registers: int
+    stack: int
+    spills: int
+    loops: tuple[Loop, ...]
+
+    def main_loops(self) -> tuple[Loop, ...]:
+        """The innermost loops that load and compute, without the one that fills rows with a constant."""
+        loops = [loop for loop in self.loops if loop.count("LDG") and loop.count("MUFU", "DFMA")]
+        return tuple(loop for loop in loops if not any(loop.encloses(other) for other in loops))
+
+
+def read(cubin: bytes, tools: Path) -> MachineCode:
+    """Disassemble ``cubin`` with the programs in ``tools``.
+
+    Raises:
+        RuntimeError: cuobjdump or nvdisasm fails; the message holds what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="caref-cubin-") as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
+        listing = _run(tools / "nvdisasm", "-c", path)
+    resources = {name: int(value) for name, value in _RESOURCE.findall(usage)}
+    labels, instructions = _parse(listing)
+    spills = sum(_name(instruction).startswith(_SPILLS) for instruction in instructions)
+    stack = resources["STACK"] + resources["LOCAL"]
+    return MachineCode(resources["REG"], stack, spills, tuple(_loops(labels, instructions)))
+
+
+def _run(program: Path, *arguments: object) -> str:
+    done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{program.name} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _parse(listing: str) -> tuple[dict[str, int], list[str]]:
+    """Instructions in order, and the index that each label stands before."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        label, instruction = _LABEL.match(line), _INSTRUCTION.match(line)
+        if label:
+            labels[label.group(1)] = len(instructions)
+        elif instruction:
+            instructions.append(instruction.group(1).strip())
+    return labels, instructions
+
+
+def _name(instruction: str) -> str:
+    return _PREDICATE.sub("", instruction).split()[0]
+
+
+def _loops(labels: dict[str, int], instructions: list[str]):
+    for index, instruction in enumerate(instructions):
+        target = _TARGET.search(instruction)
+        if not _name(instruction).startswith("BRA") or target is None:
+            continue
+        header = labels.get(target.group(1), index)
+        if header < index:
+            way = _shortest_way(labels, instructions, header, index)
+            if way:
+                yield Loop(tuple(_name(instructions[place]) for place in way), header, index)
+
+
+def _shortest_way(labels: dict[str, int], instructions: list[str], first: int, last: int) -> list[int]:
+    """The fewest instructions from ``first`` to ``last`` inclusive; empty if there is no way."""
+    cost, before, queue = {first: 1}, {}, [(1, first)]
+    while queue:
+        steps, place = heapq.heappop(queue)
+        if place == last:
+            way = [place]
+            while way[-1] in before:
+                way.append(before[way[-1]])
+            return way[::-1]
+        for following in _followers(labels, instructions, place):
+            if first <= following <= last and steps + 1 < cost.get(following, len(instructions) + 1):
+                cost[following], before[following] = steps + 1, place
+                heapq.heappush(queue, (steps + 1, following))
+    return []
+
+
+def _followers(labels: dict[str, int], instructions: list[str], place: int) -> list[int]:
+    instruction = instructions[place]
+    name, target = _name(instruction), _TARGET.search(instruction)
+    conditional = instruction.startswith("@") or name.startswith("BRA.DIV") or re.search(r"BRA\S* !?U?P\d", instruction)
+    if name.startswith("BRA") and target:
+        reached = [labels[target.group(1)]]
+        return [*reached, place + 1] if conditional else reached
+    if name.startswith(("EXIT", "RET", "BRX")):
+        return [place + 1] if conditional else []
+    return [place + 1]

@@ -1,0 +1,120 @@
+"""Mutants of the Triton kernels: as mutant_patches.py, tested under Triton's interpreter."""
+
+from __future__ import annotations
+
+from mutant_patches import mutants
+
+ROWS = "caref_kernels/backends/triton/rows.py"
+ROW_MATH = "caref_kernels/backends/triton/row_math.py"
+FORWARD = "caref_kernels/backends/triton/forward.py"
+TILING = "caref_kernels/backends/triton/tiling.py"
+BACKWARD = "caref_kernels/backends/triton/backward.py"
+
+TRITON = [
+    *mutants(
+        "tail columns not masked",
+        ROWS,
+        "labels layouts numerics",
+        "triton and (L03 or S01 or N13 or N04)",
+        (
+            "t-tail-loaded",
+            'mask=column < columns, other=float("-inf")',
+            'mask=column < columns + 8, other=float("-inf")',
+        ),
+        ("t-tail-counts-as-zero", 'mask=column < columns, other=float("-inf")', "mask=column < columns, other=0.0"),
+    ),
+    *mutants(
+        "tail columns not masked",
+        BACKWARD,
+        "labels layouts",
+        "triton and (L03 or S01 or S03)",
+        ("t-tail-written", "tl.store(out + column, rounded, mask=column < columns)", "tl.store(out + column, rounded)"),
+        (
+            "t-fill-past-the-end",
+            "tl.store(out + column, filled, mask=column < columns)",
+            "tl.store(out + column, filled)",
+        ),
+    ),
+    *mutants(
+        "32-bit row offset",
+        ROWS,
+        "regressions",
+        "triton and G01",
+        (
+            "t-offset-32-bits",
+            "(row % inner_rows) * inner_stride.to(tl.int64)\n",
+            "((row % inner_rows) * inner_stride).to(tl.int32).to(tl.int64)\n",
+        ),
+    ),
+    *mutants(
+        "label not checked before use",
+        ROWS,
+        "labels",
+        "triton and (L01 or L02 or L03)",
+        ("t-label-unchecked", "inside = (label >= 0) & (label < columns)", "inside = label == label"),
+        (
+            "t-label-cast-before-check",
+            "tl.load(targets + row).to(tl.int64)",
+            "tl.load(targets + row).to(tl.int32).to(tl.int64)",
+        ),
+        ("t-negative-label", "inside = (label >= 0) & (label < columns)", "inside = label < columns"),
+    ),
+    *mutants(
+        "NaN swallowed by a maximum",
+        ROW_MATH,
+        "numerics",
+        "triton and N10",
+        (
+            "t-nan-swallowed",
+            "tl.maximum(y, SHIFT_FLOOR, propagate_nan=tl.PropagateNan.ALL)",
+            "tl.where(y > SHIFT_FLOOR, y, SHIFT_FLOOR)",
+        ),
+    ),
+    *mutants(
+        "grad_output[0] only",
+        BACKWARD,
+        "autograd layouts",
+        "triton and (A04 or A05)",
+        ("t-first-gradient-for-all", "grad_terms + row * row_stride.to(tl.int64)", "grad_terms + row * 0"),
+        ("t-contiguous-gradient", "place + SCED * term_stride", "place + SCED"),
+    ),
+    *mutants(
+        "a wrong merge of maxima",
+        FORWARD,
+        "numerics triton_kernels",
+        "triton and (N02 or N21 or N22 or shared or splits)",
+        ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
+        ("t-sums-not-shifted", "row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)", "sums"),
+        (
+            "t-splits-lose-their-maxima",
+            '(maxima > float("-inf")) & (split != winner), 1.0, 0.0)',
+            "split < 0, 1.0, 0.0)",
+        ),
+        (
+            "t-last-split-wins",
+            "tl.min(tl.where(maxima == maximum, split, MOST_SPLITS))",
+            "tl.max(tl.where(maxima == maximum, split, 0))",
+        ),
+        (
+            "t-arg-max-counted",
+            "            parts = rows.without(parts, argmax, start, TILE)\n            joins",
+            "            joins",
+        ),
+    ),
+    *mutants(
+        "a whole row summed in float32",
+        TILING,
+        "triton_kernels",
+        "triton and one_warp",
+        ("t-never-folded", "FOLD = 16", "FOLD = 2**20"),
+    ),
+    *mutants(
+        "gradient zero, flipped or halved",
+        BACKWARD,
+        "numerics",
+        "triton and N01",
+        ("t-sced-gradient-zero", "inner += row_math.even_slope", "inner += 0 * row_math.even_slope"),
+        ("t-top-column-general", "tl.where(rows.is_at(argmax, start, part, TILE), top, value)", "value"),
+        ("t-label-column-general", "parts[part] - grad_ce, parts[part])", "parts[part], parts[part])"),
+    ),
+]
