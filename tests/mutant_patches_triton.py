@@ -84,7 +84,12 @@ TRITON = [
         "numerics triton_kernels",
         "triton and (N02 or N21 or N22 or shared or splits)",
         ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
-        ("t-sums-not-shifted", "row_math.shift_sums(sums, row_math.rise(maximum, top), PATH)", "sums"),
+        ("t-sums-not-shifted", "wide = row_math.shift_sums(wide, delta, PATH)", "wide = wide"),
+        (
+            "t-new-sums-not-shifted",
+            "row_math.add_top(sums, joins, PATH), delta, PATH)",
+            "row_math.add_top(sums, joins, PATH), delta * 0, PATH)",
+        ),
         (
             "t-splits-lose-their-maxima",
             '(maxima > float("-inf")) & (split != winner), 1.0, 0.0)',
@@ -97,8 +102,8 @@ TRITON = [
         ),
         (
             "t-arg-max-counted",
-            "            parts = rows.without(parts, argmax, start, TILE)\n            joins",
-            "            joins",
+            "parts = rows.without(parts, argmax, start, TILE)\n                joins",
+            "joins",
         ),
     ),
     *mutants(

@@ -20,8 +20,8 @@ NARROW_BACKWARD_LOADS = 2
 # Columns that a thread sums side by side: two independent chains hide the four cycles of an addition, and every further
 # one costs a register per sum (8 sums for alpha = 2, beta = 1).
 LANES = 2
-# Tiles after which a thread folds its lanes into float64: at most 256 float32 additions in a row, as in csrc/cpu.  A row
-# of 262,144 in one warp and float32 alone is off by 2e-4; the fold costs 0.1 instructions per column.
+# Tiles after which a thread folds its lanes into float64: at most 256 float32 additions in a row, as in csrc/cpu.  A
+# row of 262,144 in one warp and float32 alone is off by 2e-4; the fold costs 0.1 instructions per column.
 FOLD = 16
 # Warps per multiprocessor that keep its four schedulers busy while one in four waits for memory.
 BUSY_WARPS = 16
@@ -153,8 +153,8 @@ def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
 
 # --- Budgets: what the compiled kernels may use.  A test compiles them, without a GPU, and counts. ---
 
-# At N = 4096, V = 128,256 an H200 issues one instruction for every column in 16.4 us and reads all of them, bfloat16, in
-# 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers are
+# At N = 4096, V = 128,256 an H200 issues one instruction for every column in 16.4 us and reads all of them, bfloat16,
+# in 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers are
 # those of the worst of sm_80, sm_90 and sm_100 (triton 3.9), and up to one more.
 _BUDGET = {
     "row": {(2, 0): 14.5, (2, 1): 19.5, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 28.5, (4, 2): 37.0, "none": 10.5},
