@@ -83,6 +83,20 @@ CAREF_HD X sced_slope(X p, X log_ratio, X q, const Exponents& exponents) {
   return exponents.beta_value == 0.0 ? slope : slope * power(q, exponents.beta);
 }
 
+// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
+template <int A, int B, typename V>
+CAREF_HD V even_slope(V p, V log_ratio) {
+  const V t = p * log_ratio;
+  const V q = 1 - p;
+  V slope = A * (log_ratio + 1);
+  if constexpr (B > 0) slope = slope * q - B * t;
+  CAREF_UNROLL
+  for (int i = 1; i < A; ++i) slope *= t;
+  CAREF_UNROLL
+  for (int i = 1; i < B; ++i) slope *= q;
+  return slope;
+}
+
 CAREF_HD constexpr int binomial(int n, int k) {
   int value = 1;
   for (int i = 0; i < k; ++i) value = value * (n - i) / (i + 1);
@@ -139,8 +153,8 @@ struct Moments {
       c_power *= -c;
     }
     double scale = 1.0;
-    for (int k = 0; k < A + b; ++k) scale /= d;
-    return value * scale;
+    for (int k = 0; k < A + b; ++k) scale *= d;
+    return value / scale;  // one division: they are slow on a GPU
   }
 
   CAREF_HD double sced(double c, double d) const {
