@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   CAREF_DYNAMIC_SHARED(memory);
   const GradientMemory shared(memory);
   const Place place(slices, params.columns);
-  const Element* logits = static_cast<const Element*>(params.logits) +
-                          params.logits_offset(place.row) + place.begin;
+  const Element* logits =
+      static_cast<const Element*>(params.logits) + params.logits_offset(place.row) + place.begin;
   Element* gradient =
       static_cast<Element*>(params.grad_logits) + params.out_offset(place.row) + place.begin;
   const Share<S> share(logits, place.columns);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   const int mode = shared.flags[kMode];
   if (mode != kGradient) {
     typename S::Numbers numbers;
-#pragma unroll
+    CAREF_UNROLL
     for (int k = 0; k < S::kWidth; ++k) numbers.at[k] = static_cast<T>(mode == kZero ? 0.0 : kNan);
     for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) out.store(i, S::pack(numbers));
     return;
@@ -142,17 +142,17 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   const Exponents exponents = Kind::exponents(params);
   for (int first = threadIdx.x; first < share.vectors(); first += kBatch * blockDim.x) {
     Vector batch[kBatch];
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int index = first + i * blockDim.x;
       if (index < share.vectors()) batch[i] = share.load(index);
     }
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int index = first + i * blockDim.x;
       if (index >= share.vectors()) break;
       auto numbers = S::unpack(batch[i]);
-#pragma unroll
+      CAREF_UNROLL
       for (int k = 0; k < S::kWidth; ++k) {
         numbers.at[k] = column_gradient<Kind>(numbers.at[k], row, exponents);
       }

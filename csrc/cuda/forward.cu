@@ -74,8 +74,8 @@ struct ThreadSums {
   T sum[kSums<Kind>] = {};
 
   __device__ __forceinline__ void add(T y) {
-    const T e = exponential(y);        // NaN passes here
-    const T u = e * clamp_shift(y);    // and not here
+    const T e = exponential(y);      // NaN passes here
+    const T u = e * clamp_shift(y);  // and not here
     sum[0] += e;
     sum[1] += u;
     if constexpr (Kind::kOnePass) add_moments<0>(e, u);
@@ -96,12 +96,12 @@ __device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray
   const int vectors = share.vectors();
   for (int first = threadIdx.x; first < vectors; first += kBatch * blockDim.x) {
     Vector batch[kBatch];
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int index = first + i * blockDim.x;
       if (index < vectors) batch[i] = share.load(index);
     }
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int index = first + i * blockDim.x;
       if (index >= vectors) break;
@@ -120,7 +120,7 @@ __device__ void take_out(const Top<T>& top, const RowMemory<Kind>& shared) {
   const Vector vector = shared.row[top.vector];
   const auto z = S::unpack(vector);
   int within = 0;
-#pragma unroll
+  CAREF_UNROLL
   for (int i = S::kWidth - 1; i >= 0; --i) within = z.at[i] == top.value ? i : within;
   const int column = top.vector * S::kWidth + within;
   shared.columns[column] = S::narrow(-kInfinity);
@@ -131,7 +131,7 @@ __device__ void take_out(const Top<T>& top, const RowMemory<Kind>& shared) {
 __device__ __forceinline__ void add_sced(const Vector& vector, int top, T maximum, T inverse_d, T c,
                                          const Exponents& exponents, T (&sums)[kScedSums]) {
   const auto z = S::unpack(vector);
-#pragma unroll
+  CAREF_UNROLL
   for (int i = 0; i < S::kWidth; ++i) {
     const T y = clamp_shift(z.at[i] - maximum);
     const T p = i == top ? T(0) : exponential(y) * inverse_d;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<T, Kind>))
   for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) {
     const Vector vector = shared.row[i];
     const auto z = S::unpack(vector);
-#pragma unroll
+    CAREF_UNROLL
     for (int k = 0; k < S::kWidth; ++k) sums.add(z.at[k] - reference);
   }
   block_sums(sums.sum, shared.sums, shared.totals);
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kWarp)
   CAREF_UNROLL
   for (int k = 0; k < kSums<Kind>; ++k) {
     CAREF_UNROLL
-    for (int step = kWarp / 2; step > 0; step /= 2) sums[k] += __shfl_xor_sync(kAllLanes, sums[k], step);
+    for (int step = kWarp / 2; step > 0; step /= 2)
+      sums[k] += __shfl_xor_sync(kAllLanes, sums[k], step);
   }
   if (lane != 0) return;
   const Element* logits = static_cast<const Element*>(params.logits) + params.logits_offset(row);
@@ -295,9 +296,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   const Exponents exponents(params.alpha, params.beta);
   const RowConstants<T> constants(saved.residual, static_cast<double>(params.vocab_size));
   const T inverse_d = static_cast<T>(constants.p_top), c = static_cast<T>(constants.c);
-  const Share<S> share(static_cast<const Element*>(params.logits) +
-                           params.logits_offset(place.row) + place.begin,
-                       place.columns);
+  const Share<S> share(
+      static_cast<const Element*>(params.logits) + params.logits_offset(place.row) + place.begin,
+      place.columns);
   const int top = static_cast<int>(saved.argmax) - place.begin;
   T sums[kScedSums] = {};
   for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) {
@@ -313,7 +314,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
 // A thread for each row: adds up the second pass.
 __global__ void __launch_bounds__(kMostThreads)
     add_kernel(const RowParams params, const Slices slices, const double* sced_partials) {
-  const int64_t row = slices.first_row + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t row =
+      slices.first_row + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= params.rows() || !target_of(params, row).counts) return;
   const SavedRow<T> saved(params, row);
   if (!saved.needs_sced(params.columns)) return;
@@ -341,8 +343,7 @@ Status forward_rows(const RowParams& params, const Plan& plan, const Resources& 
                     const_cast<const double*>(partials));
   if (Kind::kSced && !Kind::kOnePass) {
     double* const sced = partials + rows * plan.slices * kPartialSize<Kind>;
-    launches.each_slice("second_kernel", second_kernel, kSecondBytes,
-                        params, sced);
+    launches.each_slice("second_kernel", second_kernel, kSecondBytes, params, sced);
     launches.each_row("add_kernel", add_kernel, kMostThreads, kMostThreads, params,
                       const_cast<const double*>(sced));
   }
@@ -354,9 +355,8 @@ Status forward_rows(const RowParams& params, const Plan& plan, const Resources& 
 template <>
 Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
   Status status;
-  visit_exponents(params, [&](auto kind) {
-    status = forward_rows<decltype(kind)>(params, plan, resources);
-  });
+  visit_exponents(
+      params, [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
   return status;
 }
 

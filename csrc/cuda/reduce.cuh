@@ -47,7 +47,7 @@ struct Top {
 template <typename T>
 __device__ __forceinline__ Top<T> block_top(Top<T> top, SharedArray<T> values,
                                             SharedArray<int> vectors) {
-#pragma unroll
+  CAREF_UNROLL
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const T value = __shfl_xor_sync(kAllLanes, top.value, step);
     const int vector = __shfl_xor_sync(kAllLanes, top.vector, step);
@@ -64,16 +64,16 @@ __device__ __forceinline__ Top<T> block_top(Top<T> top, SharedArray<T> values,
 }
 
 // Sums of every thread, in T over a warp and in double from there on: a float32 sum over a long row
-// would lose four digits.  The last threads' view of `totals` is good after the next barrier, thread
-// 0's at once.  `scratch` has kCount elements per warp.
+// would lose four digits.  The last threads' view of `totals` is good after the next barrier,
+// thread 0's at once.  `scratch` has kCount elements per warp.
 template <int kCount, typename T>
 __device__ __forceinline__ void block_sums(T (&sums)[kCount], SharedArray<double> scratch,
                                            SharedArray<double> totals) {
   static_assert(kCount <= kWarp, "one warp adds up the others");
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-#pragma unroll
+  CAREF_UNROLL
   for (int k = 0; k < kCount; ++k) {
-#pragma unroll
+    CAREF_UNROLL
     for (int step = kWarp / 2; step > 0; step /= 2) {
       sums[k] += __shfl_xor_sync(kAllLanes, sums[k], step);
     }

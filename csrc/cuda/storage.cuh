@@ -49,7 +49,7 @@ struct PlainStorage {
   static __device__ __forceinline__ T maximum(const Vector& vector) {
     const Numbers z = unpack(vector);
     T largest = z.at[0];
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 1; i < kWidth; ++i) largest = larger(largest, z.at[i]);
     return largest;
   }
@@ -144,7 +144,7 @@ class Share {
     struct {
       Element at[S::kWidth];
     } elements;
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < S::kWidth; ++i) {
       const int column = index * S::kWidth + i;
       elements.at[i] = column < columns_ ? data_[column] : S::narrow(-kInfinity);
@@ -178,7 +178,7 @@ class OutShare {
       Element at[S::kWidth];
     };
     const Elements elements = bits_as<Elements>(vector);
-#pragma unroll
+    CAREF_UNROLL
     for (int i = 0; i < S::kWidth; ++i) {
       const int column = index * S::kWidth + i;
       if (column < columns_) data_[column] = elements.at[i];
