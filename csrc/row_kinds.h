@@ -38,8 +38,11 @@ struct EvenExponents {
   static constexpr bool kSced = true;
   using Sums = Moments<A, B>;
   static constexpr int kMoments = Sums::kCount;
-  // Known to the compiler, which then leaves real powers out.
-  static CAREF_HD Exponents exponents(const RowParams&) { return Exponents(A, B); }
+  // Constants, so that the compiler leaves real powers out.
+  static CAREF_HD Exponents exponents(const RowParams&) {
+    constexpr Exponents kExponents(A, B);
+    return kExponents;
+  }
 };
 struct AnyExponents {
   static constexpr bool kOnePass = false;
@@ -53,7 +56,10 @@ struct NoSced {
   static constexpr bool kOnePass = false;
   static constexpr bool kSced = false;
   static constexpr int kMoments = 0;
-  static CAREF_HD Exponents exponents(const RowParams&) { return Exponents(1.0, 0.0); }
+  static CAREF_HD Exponents exponents(const RowParams&) {
+    constexpr Exponents kExponents(1.0, 0.0);
+    return kExponents;
+  }
 };
 
 // The sums of a row, or of a part of it, relative to its maximum; the arg-max column is left out.
@@ -83,8 +89,9 @@ struct PartialSums<EvenExponents<A, B>> : PartialSums<NoSced> {
   CAREF_HD void raise(double delta) {
     PartialSums<NoSced>::raise(delta);
     if (delta > -700.0) {
-      moments.shift(delta);
-      moments.add(delta);
+      const double e = exp(delta);
+      moments.shift(delta, e);
+      moments.add(delta, e);
     } else {
       moments.clear();
     }

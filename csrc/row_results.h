@@ -27,8 +27,8 @@ class RowResult {
     for (double& statistic : stats_) statistic = value;
   }
 
-  CAREF_HD RowResult(const RowParams& params, const Target& target, const RowSums& sums,
-                     double label_logit)
+  CAREF_HD RowResult(const RowParams& params, const Target& target, const Exponents& exponents,
+                     const RowSums& sums, double label_logit)
       : sums_(sums), constants_(static_cast<T>(sums.residual), vocabulary(params)) {
     stats_[kMaximum] = sums.maximum;
     stats_[kArgmax] = static_cast<double>(sums.argmax);
@@ -47,8 +47,8 @@ class RowResult {
     if (target.has_label) terms_[kCe] = log1p(sums.residual) - (label_logit - sums.maximum);
     if (!params.with_sced) return;
     needs_sced_ = !is_one_hot(static_cast<T>(sums.residual));
-    if (!needs_sced_ && params.beta == 0.0) {
-      terms_[kSced] = power(Ops<double>::absolute(c_), Exponent(params.alpha));
+    if (!needs_sced_ && exponents.beta_value == 0.0) {
+      terms_[kSced] = power(Ops<double>::absolute(c_), exponents.alpha);
     }
   }
 

@@ -137,7 +137,7 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   const double residual = sums.is_nan ? kNan : sums.residual;
   const RowSums totals{static_cast<double>(sums.maximum), sums.argmax, residual, sums.first_moment};
   const double label_logit = target.has_label ? load_one(logits + target.label) : 0.0;
-  RowResult<T> result(params, target, totals, label_logit);
+  RowResult<T> result(params, target, exponents, totals, label_logit);
   if constexpr (Kind::kSced) {
     if (result.needs_sced()) {
       if constexpr (Kind::kOnePass) {

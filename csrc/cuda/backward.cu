@@ -140,25 +140,14 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   }
   const ColumnConstants row = shared.constants[0];
   const Exponents exponents = Kind::exponents(params);
-  for (int first = threadIdx.x; first < share.vectors(); first += kBatch * blockDim.x) {
-    Vector batch[kBatch];
+  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
+    auto numbers = S::unpack(vector);
     CAREF_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < share.vectors()) batch[i] = share.load(index);
+    for (int k = 0; k < S::kWidth; ++k) {
+      numbers.at[k] = column_gradient<Kind>(numbers.at[k], row, exponents);
     }
-    CAREF_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index >= share.vectors()) break;
-      auto numbers = S::unpack(batch[i]);
-      CAREF_UNROLL
-      for (int k = 0; k < S::kWidth; ++k) {
-        numbers.at[k] = column_gradient<Kind>(numbers.at[k], row, exponents);
-      }
-      out.store(index, S::pack(numbers));
-    }
-  }
+    out.store(index, S::pack(numbers));
+  });
   __syncthreads();  // the two columns are written after the general form of them
   if (threadIdx.x != 0) return;
   for (int i = 0; i < 2; ++i) {
@@ -172,7 +161,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
 template <>
 Status backward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
   Launches launches(resources.stream, plan);
-  visit_exponents(params, [&](auto kind) {
+  visit_kinds<S>(params, [&](auto kind) {
     launches.each_slice("gradient_kernel", gradient_kernel<decltype(kind)>, GradientMemory::kBytes,
                         params);
   });

@@ -93,23 +93,11 @@ struct ThreadSums {
 // Copies the share into shared memory; the thread's largest column, and the vector that holds it.
 __device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray<Vector>& row) {
   Top<T> top{static_cast<T>(-kInfinity), 0};
-  const int vectors = share.vectors();
-  for (int first = threadIdx.x; first < vectors; first += kBatch * blockDim.x) {
-    Vector batch[kBatch];
-    CAREF_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < vectors) batch[i] = share.load(index);
-    }
-    CAREF_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index >= vectors) break;
-      row[index] = batch[i];
-      const T largest = S::maximum(batch[i]);
-      if (largest > top.value) top = {largest, index};
-    }
-  }
+  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
+    row[index] = vector;
+    const T largest = S::maximum(vector);
+    if (largest > top.value) top = {largest, index};
+  });
   return top;
 }
 
@@ -169,12 +157,13 @@ __device__ __forceinline__ RowResult<T> finish(const RowParams& params, const Ta
                                                const Totals& totals, double maximum, int64_t argmax,
                                                double label_logit) {
   const RowSums sums{maximum, argmax, totals[0], totals[1]};
-  RowResult<T> result(params, target, sums, label_logit);
+  const Exponents exponents = Kind::exponents(params);
+  RowResult<T> result(params, target, exponents, sums, label_logit);
   if constexpr (Kind::kOnePass) {
     typename Kind::Sums moments;
     CAREF_UNROLL
     for (int k = 0; k < Kind::kMoments; ++k) moments.sum[k] = totals[2 + k];
-    if (result.needs_sced()) result.add_sced(moments, Kind::exponents(params));
+    if (result.needs_sced()) result.add_sced(moments, exponents);
   }
   return result;
 }
@@ -301,9 +290,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
       place.columns);
   const int top = static_cast<int>(saved.argmax) - place.begin;
   T sums[kScedSums] = {};
-  for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) {
-    add_sced(share.load(i), top - i * S::kWidth, saved.maximum, inverse_d, c, exponents, sums);
-  }
+  for_each_vector<1>(share, [&](const Vector& vector, int index) {
+    add_sced(vector, top - index * S::kWidth, saved.maximum, inverse_d, c, exponents, sums);
+  });
   block_sums(sums, scratch, totals);
   if (threadIdx.x != 0) return;
   double* out = sced_partials + (place.row * slices.count + place.slice) * kScedSums;
@@ -355,7 +344,7 @@ Status forward_rows(const RowParams& params, const Plan& plan, const Resources& 
 template <>
 Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
   Status status;
-  visit_exponents(
+  visit_kinds<S>(
       params, [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
   return status;
 }
@@ -363,7 +352,7 @@ Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources&
 template <>
 int64_t forward_workspace_of<S>(const RowParams& params, const Plan& plan) {
   int64_t doubles = 0;
-  visit_exponents(params, [&](auto kind) {
+  visit_kinds<S>(params, [&](auto kind) {
     using Kind = decltype(kind);
     const bool second = Kind::kSced && !Kind::kOnePass;
     doubles = kPartialSize<Kind> + (second ? kScedSums : 0);

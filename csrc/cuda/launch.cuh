@@ -2,7 +2,7 @@
 // whose error, if there is one, is kept with the kernel's name.
 #pragma once
 
-#include <initializer_list>
+#include <type_traits>
 
 #include "kernels.h"
 #include "slices.cuh"
@@ -51,6 +51,20 @@ template <typename S>
 int64_t forward_workspace_of(const RowParams& params, const Plan& plan);
 template <typename S>
 Status backward_of(const RowParams& params, const Plan& plan, const Resources& resources);
+
+// As visit_exponents().  float64 is for checks: of the expansions it has the default one alone, and
+// takes two passes for the others.
+template <typename S, typename Visitor>
+void visit_kinds(const RowParams& params, Visitor visitor) {
+  visit_exponents(params, [&](auto kind) {
+    if constexpr (sizeof(typename S::Element) == 8 && decltype(kind)::kOnePass &&
+                  !std::is_same_v<decltype(kind), EvenExponents<2, 1>>) {
+      visitor(AnyExponents{});
+    } else {
+      visitor(kind);
+    }
+  });
+}
 
 // A sequence of launches on one stream; after the first error the others are left out.
 class Launches {

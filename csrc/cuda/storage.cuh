@@ -137,10 +137,15 @@ class Share {
         whole_(reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 ? columns / S::kWidth : 0) {}
 
   __device__ __forceinline__ int vectors() const { return (columns_ + S::kWidth - 1) / S::kWidth; }
+  // Those that one load fetches: none of them if the share is misaligned.
+  __device__ __forceinline__ int whole() const { return whole_; }
 
-  // Columns past the end are -inf, which no sum notices.
+  __device__ __forceinline__ Vector load_whole(int index) const {
+    return reinterpret_cast<const Vector*>(data_)[index];
+  }
+
+  // Any vector, column by column; columns past the end are -inf, which no sum notices.
   __device__ __forceinline__ Vector load(int index) const {
-    if (index < whole_) return reinterpret_cast<const Vector*>(data_)[index];
     struct {
       Element at[S::kWidth];
     } elements;
@@ -155,8 +160,30 @@ class Share {
  private:
   const Element* data_;
   int columns_;
-  int whole_;  // vectors that one load fetches; 0 if the share is misaligned
+  int whole_;
 };
+
+// Calls body(vector, index) for all vectors of a share that are this thread's, in order, kBatch of
+// them in flight at a time while whole ones last.
+template <int kBatch, typename S, typename Body>
+__device__ __forceinline__ void for_each_vector(const Share<S>& share, Body body) {
+  const int threads = blockDim.x, whole = share.whole();
+  int next = threadIdx.x;
+  for (; next < whole; next += kBatch * threads) {
+    Vector batch[kBatch];
+    CAREF_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (next + i * threads < whole) batch[i] = share.load_whole(next + i * threads);
+    }
+    CAREF_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (next + i * threads < whole) body(batch[i], next + i * threads);
+    }
+  }
+  // The last batch may have gone beyond: back to this thread's first vector that is not whole.
+  while (next - threads >= whole) next -= threads;
+  for (; next < share.vectors(); next += threads) body(share.load(next), next);
+}
 
 // The same, for writing.
 template <typename S>
