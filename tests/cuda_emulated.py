@@ -101,6 +101,15 @@ def build(root: Path, folder: Path, names: tuple[str, ...] = (), objects: Path |
     return path
 
 
+def build_library(source: Path, folder: Path) -> Path:
+    """Kernels of a test, compiled with the emulation alone."""
+    emulation = ROOT / "tests" / "cuda_emulation"
+    path = folder / f"{source.stem}.so"
+    includes = ["-I", emulation, "-I", ROOT / "csrc" / "cuda"]
+    _run([*FLAGS, *OPTIMISE, "-shared", "-o", path, emulation / "emulator.cpp", *includes, "-x", "c++", source])
+    return path
+
+
 def _run(arguments: list) -> None:
     command = [*shlex.split(compiler()), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -127,8 +136,9 @@ def built() -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """Import the extension at ``path``."""
-    spec = importlib.util.spec_from_file_location("cuda_emulated._C", path)
+    """Import the extension at ``path``, under a name of its own: pybind11 finds modules again by their name."""
+    name = f"cuda_emulated_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}._C"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
