@@ -1,12 +1,20 @@
 // The Python module caref_kernels._C, and the only file that sees pybind11: a plain struct of raw
 // pointers and sizes comes in, the GIL is released while kernels run, a C++ error goes out as an
 // exception.  Tensors, their dtypes and their shapes are checked in Python.
+//
+// setup.py defines CAREF_CUDA_ARCHITECTURES if it builds the CUDA half.  The tests build a module
+// with that half alone, which runs on the host, and define CAREF_WITHOUT_CPU.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
+#if !defined(CAREF_WITHOUT_CPU)
 #include "cpu/kernels.h"
+#endif
+#if defined(CAREF_CUDA_ARCHITECTURES)
+#include "cuda/kernels.h"
+#endif
 #include "row_layout.h"
 #include "row_math.h"
 
@@ -49,6 +57,8 @@ void check(const RowParams& params, bool is_backward) {
           "an output or gradient pointer is null");
 }
 
+#if !defined(CAREF_WITHOUT_CPU)
+
 void check_labels(const RowParams& params) {
   const caref::cpu::BadLabel bad = caref::cpu::find_bad_label(params);
   if (bad.row < 0) return;
@@ -83,12 +93,71 @@ void use_instruction_set(const std::string& name) {
   kernels = chosen;
 }
 
+void bind_cpu(py::module_& module) {
+  module.def("forward", &run_forward, "Terms and statistics of every row.");
+  module.def("backward", &run_backward, "Gradient of every row.");
+  module.def("instruction_set", [] { return std::string(kernels.instruction_set); });
+  module.def("use_instruction_set", &use_instruction_set,
+             "Choose the kernels by instruction set, '' for the best; for tests and benchmarks.");
+}
+
+#else
+
+void bind_cpu(py::module_&) {}
+
+#endif
+
+#if defined(CAREF_CUDA_ARCHITECTURES)
+
+void raise_if_failed(const caref::cuda::Status& status) {
+  if (!status.error) return;
+  throw std::runtime_error(std::string("CUDA: ") + status.kernel + ": " + status.error);
+}
+
+int64_t cuda_forward_workspace(const RowParams& params) {
+  int64_t bytes = 0;
+  raise_if_failed(caref::cuda::forward_workspace(params, bytes));
+  return bytes;
+}
+
+using CudaCall = caref::cuda::Status (*)(const RowParams&, const caref::cuda::Resources&);
+
+void run_cuda(CudaCall call, bool is_backward, const RowParams& params, uintptr_t stream,
+              uintptr_t workspace) {
+  check(params, is_backward);
+  caref::cuda::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = call(
+        params, {const_cast<void*>(as_pointer(stream)), const_cast<void*>(as_pointer(workspace))});
+  }
+  raise_if_failed(status);
+}
+
+void bind_cuda(py::module_& module) {
+  module.attr("CUDA_ARCHITECTURES") = CAREF_CUDA_ARCHITECTURES;
+  module.def("cuda_forward_workspace", &cuda_forward_workspace,
+             "Bytes of device memory that cuda_forward needs.");
+  module.def("cuda_forward", [](const RowParams& params, uintptr_t stream, uintptr_t workspace) {
+    run_cuda(&caref::cuda::forward, false, params, stream, workspace);
+  });
+  module.def("cuda_backward", [](const RowParams& params, uintptr_t stream) {
+    run_cuda(&caref::cuda::backward, true, params, stream, 0);
+  });
+}
+
+#else
+
+void bind_cuda(py::module_& module) { module.attr("CUDA_ARCHITECTURES") = ""; }
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of caref_kernels; see csrc/.";
 
-  py::class_<RowParams> params(module, "RowParams");
+  py::class_<RowParams> params(module, "RowParams", py::module_local());
   params.def(py::init<>())
       .def_readwrite("outer_rows", &RowParams::outer_rows)
       .def_readwrite("inner_rows", &RowParams::inner_rows)
@@ -132,11 +201,8 @@ PYBIND11_MODULE(_C, module) {
   dtypes["torch.bool"] = static_cast<int>(DType::kBool);
   module.attr("DTYPES") = dtypes;
 
-  module.def("forward", &run_forward, "Terms and statistics of every row.");
-  module.def("backward", &run_backward, "Gradient of every row.");
-  module.def("instruction_set", [] { return std::string(kernels.instruction_set); });
-  module.def("use_instruction_set", &use_instruction_set,
-             "Choose the kernels by instruction set, '' for the best; for tests and benchmarks.");
+  bind_cpu(module);
+  bind_cuda(module);
 
   // Twins of objective.py, for the test that compares them on a grid.
   py::module_ twins = module.def_submodule("row_math", "The row formulas, in float64.");

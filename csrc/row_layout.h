@@ -7,6 +7,11 @@
 // Host and device, and always inlined: the CPU kernels are compiled once per instruction set, and
 // an out-of-line copy of a shared function would be merged across them by the linker.
 #if defined(__CUDACC__)
+#define CAREF_UNROLL _Pragma("unroll")
+#else
+#define CAREF_UNROLL _Pragma("GCC unroll 16")
+#endif
+#if defined(__CUDACC__)
 #define CAREF_HD __host__ __device__ __forceinline__
 #else
 #define CAREF_HD inline __attribute__((always_inline))

@@ -18,7 +18,7 @@ struct Exponent {
   int whole;
   double fraction;
 
-  CAREF_HD explicit Exponent(double value)
+  CAREF_HD constexpr explicit Exponent(double value)
       : whole(static_cast<int>(value)), fraction(value - static_cast<int>(value)) {}
 };
 
@@ -54,7 +54,7 @@ struct Exponents {
   Exponent alpha_minus_one;
   Exponent beta;
 
-  CAREF_HD Exponents(double a, double b)
+  CAREF_HD constexpr Exponents(double a, double b)
       : alpha_value(a), beta_value(b), alpha(a), alpha_minus_one(a - 1.0), beta(b) {}
 };
 
@@ -83,6 +83,20 @@ CAREF_HD X sced_slope(X p, X log_ratio, X q, const Exponents& exponents) {
   return exponents.beta_value == 0.0 ? slope : slope * power(q, exponents.beta);
 }
 
+// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
+template <int A, int B, typename V>
+CAREF_HD V even_slope(V p, V log_ratio) {
+  const V t = p * log_ratio;
+  const V q = 1 - p;
+  V slope = A * (log_ratio + 1);
+  if constexpr (B > 0) slope = slope * q - B * t;
+  CAREF_UNROLL
+  for (int i = 1; i < A; ++i) slope *= t;
+  CAREF_UNROLL
+  for (int i = 1; i < B; ++i) slope *= q;
+  return slope;
+}
+
 CAREF_HD constexpr int binomial(int n, int k) {
   int value = 1;
   for (int i = 0; i < k; ++i) value = value * (n - i) / (i + 1);
@@ -106,11 +120,13 @@ struct Moments {
     for (int i = 0; i < kCount; ++i) sum[i] = 0.0;
   }
 
-  // The maximum rises: y becomes y + delta, delta <= 0.
-  CAREF_HD void shift(double delta) {
+  // The maximum rises: y becomes y + delta, delta <= 0; `e` is e^delta.
+  CAREF_HD void shift(double delta, double e) {
+    double scale = 1.0;
+    for (int k = 1; k < A; ++k) scale *= e;
     for (int b = 0; b <= B; ++b) {
       double* row = sum + b * kPowers;
-      const double scale = exp((A + b) * delta);
+      scale *= e;
       for (int j = A; j > 0; --j) {
         double value = 0.0, delta_power = 1.0;
         for (int i = j; i >= 0; --i) {
@@ -123,38 +139,43 @@ struct Moments {
     }
   }
 
-  // One more element with this y.
-  CAREF_HD void add(double y) {
+  // One more element with this y and e^y.
+  CAREF_HD void add(double y, double e) {
+    double power = 1.0;
+    for (int k = 1; k < A; ++k) power *= e;
     for (int b = 0; b <= B; ++b) {
-      double value = exp((A + b) * y);
+      power *= e;
+      double value = power;
       for (int j = 0; j <= A; ++j, value *= y) sum[b * kPowers + j] += value;
     }
   }
 
-  // M_{A+b, j} for p = e / d and L = y - c.
-  CAREF_HD double centred(int b, int j, double c, double d) const {
+  // M_{A+b, j} for p = e * inverse_d and L = y - c.
+  CAREF_HD double centred(int b, int j, double c, double inverse_d) const {
     double value = 0.0, c_power = 1.0;
     for (int i = j; i >= 0; --i) {
       value += binomial(j, i) * c_power * sum[b * kPowers + i];
       c_power *= -c;
     }
-    double scale = 1.0;
-    for (int k = 0; k < A + b; ++k) scale /= d;
-    return value * scale;
+    for (int k = 0; k < A + b; ++k) value *= inverse_d;
+    return value;
   }
 
   CAREF_HD double sced(double c, double d) const {
+    const double inverse_d = 1.0 / d;  // once: divisions are slow on a GPU
     double value = 0.0;
     for (int b = 0; b <= B; ++b) {
-      value += (b % 2 ? -1.0 : 1.0) * binomial(B, b) * centred(b, A, c, d);
+      value += (b % 2 ? -1.0 : 1.0) * binomial(B, b) * centred(b, A, c, inverse_d);
     }
     return value;
   }
 
   CAREF_HD double slope_sum(double c, double d) const {
+    const double inverse_d = 1.0 / d;
     double value = 0.0;
     for (int b = 0; b <= B; ++b) {
-      const double slope = (A + b) * centred(b, A, c, d) + A * centred(b, A - 1, c, d);
+      const double slope =
+          (A + b) * centred(b, A, c, inverse_d) + A * centred(b, A - 1, c, inverse_d);
       value += (b % 2 ? -1.0 : 1.0) * binomial(B, b) * slope;
     }
     return value;

@@ -7,11 +7,16 @@ import socket
 from collections.abc import Iterable
 
 import cuda_device
+import cuda_emulated
 import pytest
 import torch
 import triton_interpreter
 
 from caref_kernels import backends
+
+# The emulation of the CUDA kernels is a backend of the suite alone.
+BACKENDS = (*backends.ORDER, cuda_emulated.NAME)
+DEVICE_CHECKED = (*backends.DEVICE_CHECKED, cuda_emulated.NAME)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,19 +40,23 @@ def pytest_configure(config: pytest.Config) -> None:
         triton_interpreter.quicken()
         # numpy's own remarks on infinities, which the GPU does not make
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
-    unknown = sorted(set(_required(config)) - set(backends.ORDER))
+    unknown = sorted(set(_required(config)) - set(BACKENDS))
     if unknown:
-        raise pytest.UsageError(f"--require: unknown backends {unknown}; there are {', '.join(backends.ORDER)}")
+        raise pytest.UsageError(f"--require: unknown backends {unknown}; there are {', '.join(BACKENDS)}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under Triton's interpreter: only the tests of its backend, and of those the ones that it can take."""
-    if not triton_interpreter.ACTIVE:
-        return
+    """Under Triton's interpreter: only the tests of its backend, and of those the ones that it can take.
+
+    Otherwise: all but those that the emulation of CUDA cannot take.
+    """
     kept, left_out = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        suitable = "triton" in item.nodeid and not triton_interpreter.is_too_large(item.originalname, parameters)
+        if triton_interpreter.ACTIVE:
+            suitable = "triton" in item.nodeid and not triton_interpreter.is_too_large(item.originalname, parameters)
+        else:
+            suitable = not cuda_emulated.is_left_out(item.originalname, parameters)
         (kept if suitable else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
@@ -65,20 +74,20 @@ def _backend_fixture(name: str, names: Iterable[str], meaning: str):
     return fixture
 
 
-backend = _backend_fixture("backend", backends.ORDER, "The name of each backend that runs here.")
+backend = _backend_fixture("backend", BACKENDS, "The name of each backend that runs here.")
 fused_backend = _backend_fixture(
     "fused_backend",
-    (name for name in backends.ORDER if name != "reference"),
+    (name for name in BACKENDS if name != "reference"),
     "The name of each backend that runs here and is not the reference.",
 )
 raising_backend = _backend_fixture(
     "raising_backend",
-    (name for name in backends.ORDER if name not in backends.DEVICE_CHECKED),
+    (name for name in BACKENDS if name not in DEVICE_CHECKED),
     "The name of each backend that runs here and raises for a label that is no column.",
 )
 silent_backend = _backend_fixture(
     "silent_backend",
-    backends.DEVICE_CHECKED,
+    DEVICE_CHECKED,
     "The name of each backend that runs here and makes the row of such a label NaN, because it cannot raise.",
 )
 

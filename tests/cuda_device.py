@@ -20,7 +20,7 @@ CONSTRUCTORS = (
     "tensor", "zeros",
 )  # fmt: skip
 # Backends whose tensors lie on a GPU; under Triton's interpreter, which stands for one, on the CPU.
-ON_CUDA = () if triton_interpreter.ACTIVE else ("triton",)
+ON_CUDA = () if triton_interpreter.ACTIVE else ("triton", "cuda")
 OF_THE_PACKAGE = ("make_case", "confident_logits")
 
 

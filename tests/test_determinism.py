@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cuda_device import device_of
+from cuda_emulated import PREAMBLE
 
 from caref_kernels import caref_loss
 from caref_kernels.testing import evaluate, make_case
@@ -64,7 +65,7 @@ def test_row_does_not_depend_on_its_company_Y18(fused_backend):
 
 
 def test_process_to_process(fused_backend):
-    program = f"""
+    program = f"""{PREAMBLE}
 import sys, torch
 from caref_kernels.testing import evaluate, make_case
 torch.set_num_threads(int(sys.argv[1]))

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cuda_device import device_of
+from cuda_emulated import PREAMBLE
 from torch.nn import functional
 
 from caref_kernels import caref_loss, fused_sced
@@ -162,7 +163,7 @@ for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
 
 def test_hostile_statistics_stay_inside_X11(fused_backend):
     """The saved arg-max is data too; in a process of its own, because a wild write would take pytest along."""
-    command = [sys.executable, "-c", HOSTILE, fused_backend, device_of(fused_backend)]
+    command = [sys.executable, "-c", PREAMBLE + HOSTILE, fused_backend, device_of(fused_backend)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, (run.returncode, run.stderr)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import RowSpec
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -54,11 +55,11 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+    backend.name: backend for backend in (TritonBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
 }
 ORDER = tuple(_BACKENDS)
 # These check labels on the device, under Triton's interpreter too, which stands for a GPU.
-DEVICE_CHECKED = ("triton",)
+DEVICE_CHECKED = ("triton", "cuda")
 
 
 def get(name: str) -> Backend:

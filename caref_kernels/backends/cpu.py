@@ -9,13 +9,8 @@ from torch import Tensor
 
 from ..config import RowSpec
 from ..objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
-
-try:
-    from .. import _C
-except ImportError as error:  # a pure-Python installation; the reason is shown by unsupported()
-    _C = None
-    _missing = f"the compiled module caref_kernels._C is missing or does not load ({error})"
-
+from .compiled import MISSING, add_gradients, add_outputs, row_params
+from .compiled import MODULE as _C
 
 # GNU OpenMP's pool of threads does not survive a fork: a parallel region in the child would wait for it for ever.
 _is_forked = False
@@ -37,7 +32,7 @@ class CpuBackend:
     def unsupported(self, logits: Tensor) -> str | None:
         """Needs the compiled module and logits on the CPU."""
         if _C is None:
-            return _missing
+            return MISSING
         if logits.device.type != "cpu":
             return f"logits are on {logits.device}, this backend takes CPU tensors"
         return None
@@ -46,39 +41,24 @@ class CpuBackend:
         return f"compiled, instruction set {_C.instruction_set()}, {torch.get_num_threads()} threads"
 
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
-        params = _row_params(logits, targets, spec)
+        params = _params(logits, targets, spec)
         dtype = accumulation_dtype(logits.dtype)
         rows = params.outer_rows * params.inner_rows
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype)
         stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype)
-        params.terms, params.stats = terms.data_ptr(), stats.data_ptr()
+        add_outputs(params, terms, stats)
         _C.forward(params)
         return terms, stats
 
     def backward(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
-        params = _row_params(logits, targets, spec)
-        params.stats = stats.data_ptr()
-        params.grad_terms = grad_terms.data_ptr()
-        params.grad_row_stride, params.grad_term_stride = grad_terms.stride()
-        params.grad_logits = out.data_ptr()
-        params.out_outer_stride, params.out_inner_stride = _row_strides(out)
+        params = _params(logits, targets, spec)
+        add_gradients(params, grad_terms, stats, out)
         _C.backward(params)
 
 
-def _row_params(logits: Tensor, targets: Tensor | None, spec: RowSpec) -> _C.RowParams:
-    params = _C.RowParams()
-    params.logits, params.logits_dtype = logits.data_ptr(), _C.DTYPES[str(logits.dtype)]
-    params.outer_rows = logits.size(0) if logits.dim() == 3 else 1
-    params.inner_rows, params.columns = logits.shape[-2:]
-    params.outer_stride, params.inner_stride = _row_strides(logits)
-    if targets is not None:
-        params.targets, params.targets_dtype = targets.data_ptr(), _C.DTYPES[str(targets.dtype)]
-    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec
+def _params(logits: Tensor, targets: Tensor | None, spec: RowSpec):
+    params = row_params(_C, logits, targets, spec)
     params.threads = 1 if _is_forked else torch.get_num_threads()
     return params
-
-
-def _row_strides(rows: Tensor) -> tuple[int, int]:
-    return (rows.stride(0), rows.stride(1)) if rows.dim() == 3 else (0, rows.stride(0))

@@ -6,81 +6,6 @@
 namespace caref::cpu::CAREF_ISA {
 namespace {
 
-// The incoming gradients of one row and the constants that follow from its statistics.
-template <typename T>
-struct RowBackward {
-  T maximum;
-  int64_t argmax;
-  RowConstants<T> constants;
-  double mean_shift;
-  double slope_sum;
-  double grad_ce, grad_sced, grad_kl;
-  double top_slope = 0.0;  // q_a p_a f'_a
-
-  RowBackward(const RowParams& params, int64_t row, const Target& target,
-              const Exponents& exponents)
-      : RowBackward(static_cast<const T*>(params.stats) + row * kNumStatistics,
-                    static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride,
-                    params.grad_term_stride, static_cast<double>(params.vocab_size)) {
-    if (!target.has_label) grad_ce = 0.0;
-    if (!params.with_sced || is_one_hot(static_cast<T>(constants.residual))) {
-      grad_sced = 0.0;
-    } else {
-      top_slope = constants.p_top *
-                  sced_slope<double>(constants.p_top, -constants.c, constants.q_top, exponents);
-    }
-  }
-
-  // Statistics are data: a row whose arg-max is no column, or whose residual is NaN, becomes NaN.
-  bool is_usable(int64_t columns) const {
-    return !std::isnan(constants.residual) && argmax >= 0 && argmax < columns;
-  }
-
-  // The gradient of column `column`, whose shift is `raw_shift`, in double.
-  double one(int64_t column, double raw_shift, const Target& target,
-             const Exponents& exponents) const {
-    const bool is_top = column == argmax, is_label = target.has_label && column == target.label;
-    const bool is_empty = raw_shift < -700.0;  // e^y is 0 there, and y may be -inf
-    const double y = is_empty ? -700.0 : raw_shift;
-    const double e = is_top ? 1.0 : is_empty ? 0.0 : exp(y);
-    const double p = e / constants.d, q = is_top ? constants.q_top : 1.0 - p;
-    double sced = 0.0;
-    if (grad_sced != 0.0) {
-      const double own =
-          is_top ? top_slope : p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
-      sced = own - p * slope_sum - (is_top ? 0.0 : e / constants.residual * top_slope);
-    }
-    return grad_ce * (is_label ? -q : p) + grad_sced * sced + grad_kl * p * (y - mean_shift);
-  }
-
- private:
-  RowBackward(const T* stats, const T* grads, int64_t stride, double vocab_size)
-      : maximum(stats[kMaximum]),
-        argmax(stats[kArgmax] >= 0 && stats[kArgmax] < T(1 << 24)
-                   ? static_cast<int64_t>(stats[kArgmax])
-                   : -1),
-        constants(stats[kResidual], vocab_size),
-        mean_shift(stats[kMeanShift]),
-        slope_sum(stats[kSlopeSum]),
-        grad_ce(grads[kCe * stride]),
-        grad_sced(grads[kSced * stride]),
-        grad_kl(grads[kKl * stride]) {}
-};
-
-// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
-template <int A, int B, typename V>
-CAREF_HD V even_slope(V p, V log_ratio) {
-  const V t = p * log_ratio;
-  const V q = 1 - p;
-  V slope = A * (log_ratio + 1);
-  if constexpr (B > 0) slope = slope * q - B * t;
-#pragma GCC unroll 8
-  for (int i = 1; i < A; ++i) slope *= t;
-#pragma GCC unroll 8
-  for (int i = 1; i < B; ++i) slope *= q;
-  return slope;
-}
-
 // The gradient of every column but the arg-max and the label, which the caller writes again.
 // p (C + grad_kl y + grad_sced f') with the constants of the row in C.
 template <typename S, typename T, typename Kind>
@@ -148,14 +73,12 @@ void backward_row(const S* logits, S* out, int64_t columns,
                   const Exponents& exponents) {
   using T = typename Storage<S>::Arithmetic;
   constexpr int kLanes = Lanes<T>::kCount;
-  const double maximum = static_cast<double>(row.maximum);
-  // The two columns that need their own form, before the row may be overwritten in place.
-  const double top = row.one(row.argmax, 0.0, target, exponents);
-  const double label =
-      target.has_label
-          ? row.one(target.label, static_cast<double>(load_one(logits + target.label)) - maximum,
-                    target, exponents)
-          : 0.0;
+  const double top = row.top(target);
+  const bool is_apart = target.has_label && target.label != row.argmax;
+  const double label = is_apart ? row.label(static_cast<double>(load_one(logits + target.label)) -
+                                                static_cast<double>(row.maximum),
+                                            exponents)
+                                : 0.0;
   const ColumnGradient<S, T, Kind> gradient(row, exponents);
   const int64_t whole = columns - columns % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
@@ -171,7 +94,7 @@ void backward_row(const S* logits, S* out, int64_t columns,
     memcpy(out + whole, lanes, tail);
   }
   store_one(out + row.argmax, top);
-  if (target.has_label) store_one(out + target.label, label);
+  if (is_apart) store_one(out + target.label, label);
 }
 
 template <typename S, typename Kind>

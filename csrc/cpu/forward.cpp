@@ -7,26 +7,19 @@
 namespace caref::cpu::CAREF_ISA {
 namespace {
 
-// The sums of one row relative to its maximum so far, the arg-max column excluded.
+// The sums of one row relative to its maximum so far.
 template <typename T, typename Kind>
-struct RowSums {
+struct LaneSums : PartialSums<Kind> {
   T maximum = -std::numeric_limits<T>::infinity();
   int64_t argmax = 0;
-  double residual = 0.0;      // sum e^y
-  double first_moment = 0.0;  // sum e^y y
   bool is_nan = false;
   WideSum<T> wide_residual, wide_first_moment;
-};
-
-template <typename T, int A, int B>
-struct RowSums<T, EvenExponents<A, B>> : RowSums<T, NoSced> {
-  Moments<A, B> moments = {};
-  WideSum<T> wide_moments[Moments<A, B>::kCount];
+  WideSum<T> wide_moments[Kind::kMoments + 1];  // no array is empty
 };
 
 // Adds one block, whose maximum is not above the row's, to the lane sums.
 template <typename S, typename T, typename Kind>
-CAREF_HD void add_block(const BlockReader<S>& block, RowSums<T, Kind>& sums) {
+CAREF_HD void add_block(const BlockReader<S>& block, LaneSums<T, Kind>& sums) {
   using V = Vec<T>;
   const V maximum = splat<T>(sums.maximum);
   V residual = {}, first_moment = {};
@@ -68,7 +61,7 @@ CAREF_HD void add_block(const BlockReader<S>& block, RowSums<T, Kind>& sums) {
 }
 
 template <typename T, typename Kind>
-void take_wide(RowSums<T, Kind>& sums) {
+void take_wide(LaneSums<T, Kind>& sums) {
   sums.residual += sums.wide_residual.take();
   sums.first_moment += sums.wide_first_moment.take();
   if constexpr (Kind::kOnePass) {
@@ -76,32 +69,17 @@ void take_wide(RowSums<T, Kind>& sums) {
   }
 }
 
-// The maximum rises: everything so far is seen from the new one, and the old maximum joins the
-// sums.
 template <typename T, typename Kind>
-void raise_maximum(RowSums<T, Kind>& sums, T maximum, int64_t argmax) {
+void raise_maximum(LaneSums<T, Kind>& sums, T maximum, int64_t argmax) {
   take_wide(sums);
-  const double delta = static_cast<double>(sums.maximum) - static_cast<double>(maximum);
-  if (delta > -700.0) {
-    const double scale = exp(delta);
-    sums.first_moment = scale * (sums.first_moment + delta * sums.residual + delta);
-    sums.residual = scale * (sums.residual + 1.0);
-    if constexpr (Kind::kOnePass) {
-      sums.moments.shift(delta);
-      sums.moments.add(delta);
-    }
-  } else {  // nothing before, or nothing left of it: no product of 0 with a huge power of delta
-    const bool was_nan = sums.residual != sums.residual;
-    sums.residual = was_nan ? sums.residual : 0.0;
-    sums.first_moment = 0.0;
-    if constexpr (Kind::kOnePass) sums.moments.clear();
-  }
+  // From -inf, before the first maximum, to a finite one: nothing is left of nothing.
+  sums.raise(static_cast<double>(sums.maximum) - static_cast<double>(maximum));
   sums.maximum = maximum;
   sums.argmax = argmax;
 }
 
 template <typename S, typename T, typename Kind>
-void sum_row(BlockReader<S>& block, RowSums<T, Kind>& sums) {
+void sum_row(BlockReader<S>& block, LaneSums<T, Kind>& sums) {
   while (block.next()) {
     const T block_maximum = block.maximum();
     if (block_maximum > sums.maximum) {
@@ -148,66 +126,30 @@ ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowCon
   return {wide_density.take(), wide_slope.take()};
 }
 
-template <typename T>
-void write_row(const RowParams& params, int64_t row, const double (&terms)[kNumTerms],
-               const double (&stats)[kNumStatistics]) {
-  T* terms_out = static_cast<T*>(params.terms) + row * kNumTerms;
-  T* stats_out = static_cast<T*>(params.stats) + row * kNumStatistics;
-  for (int i = 0; i < kNumTerms; ++i) terms_out[i] = static_cast<T>(terms[i]);
-  for (int i = 0; i < kNumStatistics; ++i) stats_out[i] = static_cast<T>(stats[i]);
-}
-
 template <typename S, typename Kind>
 void forward_row(const RowParams& params, const Exponents& exponents, int64_t row,
                  const Target& target) {
   using T = typename Storage<S>::Arithmetic;
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
-  RowSums<T, Kind> sums;
+  LaneSums<T, Kind> sums;
   sum_row(block, sums);
-  double terms[kNumTerms] = {}, stats[kNumStatistics] = {};
-  stats[kMaximum] = sums.maximum;
-  stats[kArgmax] = static_cast<double>(sums.argmax);
-  if (!std::isfinite(sums.maximum) || sums.is_nan || std::isnan(sums.residual)) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    stats[kResidual] = stats[kMeanShift] = stats[kSlopeSum] = nan;
-    terms[kCe] = target.has_label ? nan : 0.0;
-    terms[kSced] = Kind::kSced ? nan : 0.0;
-    terms[kKl] = nan;
-    return write_row<T>(params, row, terms, stats);
-  }
-  const double vocab_size = static_cast<double>(params.vocab_size);
-  const double d = 1.0 + sums.residual;
-  const double c = log_ratio_offset(sums.residual, vocab_size);
-  const double mean_shift = sums.first_moment / d;
-  stats[kResidual] = sums.residual;
-  stats[kMeanShift] = mean_shift;
-  terms[kKl] = mean_shift - c;
-  if (target.has_label) {
-    const double y =
-        static_cast<double>(load_one(logits + target.label)) - static_cast<double>(sums.maximum);
-    terms[kCe] = log1p(sums.residual) - y;
-  }
-  const T residual = static_cast<T>(sums.residual);
+  const double residual = sums.is_nan ? kNan : sums.residual;
+  const RowSums totals{static_cast<double>(sums.maximum), sums.argmax, residual, sums.first_moment};
+  const double label_logit = target.has_label ? load_one(logits + target.label) : 0.0;
+  RowResult<T> result(params, target, exponents, totals, label_logit);
   if constexpr (Kind::kSced) {
-    if (is_one_hot(residual)) {
-      terms[kSced] = params.beta == 0.0 ? power(std::fabs(c), exponents.alpha) : 0.0;
-    } else {
-      const RowConstants<T> constants(residual, vocab_size);
-      double rest;
+    if (result.needs_sced()) {
       if constexpr (Kind::kOnePass) {
-        rest = sums.moments.sced(c, d);
-        stats[kSlopeSum] = sums.moments.slope_sum(constants.c, constants.d);
+        result.add_sced(sums.moments, exponents);
       } else {
         const ScedSums sced =
-            sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
-        rest = sced.density;
-        stats[kSlopeSum] = sced.slope;
+            sum_sced<S, T>(block, sums.maximum, sums.argmax, result.constants(), exponents);
+        result.add_sced(sced.density, sced.slope, exponents);
       }
-      terms[kSced] = rest + sced_density(1.0 / d, -c, sums.residual / d, exponents);
     }
   }
-  write_row<T>(params, row, terms, stats);
+  result.write(params, row);
 }
 
 template <typename S, typename Kind>
@@ -218,7 +160,7 @@ void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
     if (target.counts) {
       forward_row<S, Kind>(params, exponents, row, target);
     } else {
-      write_row<typename Storage<S>::Arithmetic>(params, row, {}, {});
+      RowResult<typename Storage<S>::Arithmetic>(0.0).write(params, row);
     }
   }
 }

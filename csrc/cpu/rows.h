@@ -1,68 +1,13 @@
-// What forward.cpp and backward.cpp share: how a row is seen, and the choice of a kernel for a
-// call.
+// What forward.cpp and backward.cpp share: how a row is seen.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
+#include "../row_results.h"
 #include "lanes.h"
 
 namespace caref::cpu::CAREF_ISA {
-
-// The label of a row, or how it counts.
-struct Target {
-  bool counts;
-  bool has_label;
-  int64_t label;
-};
-
-CAREF_HD Target target_of(const RowParams& params, int64_t row) {
-  int64_t label = 0;
-  switch (params.targets_dtype) {
-    case DType::kInt32:
-      label = static_cast<const int32_t*>(params.targets)[row];
-      break;
-    case DType::kInt64:
-      label = static_cast<const int64_t*>(params.targets)[row];
-      break;
-    case DType::kBool:
-      return {static_cast<const uint8_t*>(params.targets)[row] != 0, false, 0};
-    default:
-      return {true, false, 0};
-  }
-  return {label != params.ignore_index, true, label};
-}
-
-// The SCED exponents for which the forward takes one pass; elsewhere the expansion of (1-p)^B and
-// (y-c)^A into powers cancels more digits than float32 elements carry.
-template <int A, int B>
-struct EvenExponents {
-  static constexpr bool kOnePass = true;
-  static constexpr bool kSced = true;
-  using Sums = Moments<A, B>;
-};
-struct AnyExponents {
-  static constexpr bool kOnePass = false;
-  static constexpr bool kSced = true;
-};
-struct NoSced {
-  static constexpr bool kOnePass = false;
-  static constexpr bool kSced = false;
-};
-
-// Calls visitor(kind) with the kind of kernel that the exponents of `params` need.
-template <typename Visitor>
-void visit_exponents(const RowParams& params, Visitor visitor) {
-  if (!params.with_sced) return visitor(NoSced{});
-  const double alpha = params.alpha, beta = params.beta;
-  if (alpha == 2.0 && beta == 0.0) return visitor(EvenExponents<2, 0>{});
-  if (alpha == 2.0 && beta == 1.0) return visitor(EvenExponents<2, 1>{});
-  if (alpha == 2.0 && beta == 2.0) return visitor(EvenExponents<2, 2>{});
-  if (alpha == 4.0 && beta == 0.0) return visitor(EvenExponents<4, 0>{});
-  if (alpha == 4.0 && beta == 1.0) return visitor(EvenExponents<4, 1>{});
-  if (alpha == 4.0 && beta == 2.0) return visitor(EvenExponents<4, 2>{});
-  visitor(AnyExponents{});
-}
 
 // Calls visitor(storage) with a value of the type that the logits are stored in.
 template <typename Visitor>

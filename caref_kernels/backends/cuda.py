@@ -1,0 +1,101 @@
+"""The CUDA C++ kernels: tensors to raw pointers and back, on the current stream.  The row formulas are in csrc/.
+
+They are built with the package if nvcc is there, for the architectures that ``explain()`` names, and need neither triton
+nor a compiler where they run.  A call waits for nothing, so CUDA graphs can capture it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..config import RowSpec
+from ..objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from .compiled import MISSING, MODULE, add_gradients, add_outputs, row_params
+
+
+class CudaBackend:
+    """See :class:`caref_kernels.backends.Backend`."""
+
+    name = "cuda"
+    module: ModuleType | None = MODULE
+
+    def unsupported(self, logits: Tensor) -> str | None:
+        """Needs a build with nvcc, logits on a CUDA device, and machine code or PTX for it."""
+        if self.module is None:
+            return MISSING
+        built = self.module.CUDA_ARCHITECTURES
+        if not built:
+            return "built without nvcc (put it on the path or set CUDA_HOME, and install again)"
+        if logits.device.type != "cuda":
+            if not _has_device():
+                return "no CUDA device"
+            return f"logits are on {logits.device}, this backend takes CUDA tensors"
+        if torch.version.hip is not None:
+            return f"{logits.device} is a ROCm device, and these kernels are built for CUDA"
+        return missing_image(built, _capability(logits.device))
+
+    def describe(self) -> str:
+        return f"compiled for sm_{self.module.CUDA_ARCHITECTURES.replace(' ', ', sm_')}"
+
+    def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+        params = row_params(self.module, logits, targets, spec)
+        dtype, device = accumulation_dtype(logits.dtype), logits.device
+        rows = params.outer_rows * params.inner_rows
+        terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=device)
+        stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype, device=device)
+        add_outputs(params, terms, stats)
+        with self._guard(logits):
+            # Rows that several blocks share: torch's allocator keeps it until the stream is past the call.
+            workspace = torch.empty(self.module.cuda_forward_workspace(params), dtype=torch.uint8, device=device)
+            self.module.cuda_forward(params, self._stream(logits), workspace.data_ptr())
+        return terms, stats
+
+    def backward(
+        self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
+    ) -> None:
+        params = row_params(self.module, logits, targets, spec)
+        add_gradients(params, grad_terms, stats, out)
+        with self._guard(logits):
+            self.module.cuda_backward(params, self._stream(logits))
+
+    # A host emulation of the device, in the tests, replaces these two.
+
+    def _guard(self, logits: Tensor) -> contextlib.AbstractContextManager:
+        """CUDA launches on the current device, wherever the pointers point."""
+        return torch.cuda.device_of(logits)
+
+    def _stream(self, logits: Tensor) -> int:
+        return torch.cuda.current_stream(logits.device).cuda_stream
+
+
+def missing_image(built: str, capability: tuple[int, int]) -> str | None:
+    """Why code for ``built`` ("80 90 120+PTX") does not run on a device of this capability, or ``None``.
+
+    Machine code runs on its own and later minor versions; PTX is compiled by the driver for any later one.
+    """
+    major, minor = capability
+    for architecture in built.split():
+        number, _, ptx = architecture.partition("+")
+        digits = int(re.match(r"\d+", number).group())
+        exact = not number.isdigit()  # 90a and 100f hold for one version and one family
+        if (digits // 10, digits % 10) == capability or (digits // 10 == major and digits % 10 <= minor and not exact):
+            return None
+        if ptx and digits <= 10 * major + minor and not exact:
+            return None
+    return f"no image for sm_{major}{minor} (built for sm_{built.replace(' ', ', sm_')})"
+
+
+@functools.cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,363 @@
+// Terms and statistics of rows.  A block fetches its share of a row into shared memory while it
+// looks for the maximum, takes the arg-max column out, and sums what is left: the row is read from
+// memory once, and no sum has to be moved when a maximum rises.  Exponents without an expansion are
+// summed a second time, from shared memory again if the block has the whole row.
+//
+// Rows that several blocks share take a second launch, which merges their sums, and for such
+// exponents two more.  Compiled once per storage type, which is the macro CAREF_STORAGE.
+#include "launch.cuh"
+
+namespace caref::cuda {
+namespace {
+
+using S = CAREF_STORAGE;
+using T = S::Arithmetic;
+using Element = S::Element;
+
+// A partial result: maximum, its column, and the sums, residual and first moment first.
+constexpr int kPartialHead = 2;
+template <typename Kind>
+constexpr int kSums = 2 + Kind::kMoments;
+template <typename Kind>
+constexpr int kPartialSize = kPartialHead + kSums<Kind>;
+constexpr int kScedSums = 2;  // sum f and sum p f'
+constexpr int kSecondBytes = (kMostWarps + 1) * kScedSums * sizeof(double);
+
+// Vectors that a thread has in flight: 64 bytes, as many as hide the latency of memory from the
+// threads that a multiprocessor holds.
+constexpr int kBatch = 4;
+
+// Shared memory of row_kernel: small arrays, then the block's share of the row.
+template <typename Kind>
+struct RowMemory {
+  static constexpr int kTotals = kMostWarps * kSums<Kind> * sizeof(double);
+  static constexpr int kTopValues = kTotals + kSums<Kind> * sizeof(double);
+  static constexpr int kTopVectors = kTopValues + kMostWarps * sizeof(T);
+  static constexpr int kConstants = kTopVectors + kMostWarps * sizeof(int);
+  static constexpr int kFlags = kConstants + 2 * sizeof(T);
+  static constexpr int kRow = (kFlags + 2 * static_cast<int>(sizeof(int)) + 15) / 16 * 16;
+
+  SharedArray<double> sums;    // an element per warp and sum
+  SharedArray<double> totals;  // an element per sum
+  SharedArray<T> top_values;
+  SharedArray<int> top_vectors;
+  SharedArray<T> constants;  // 1/d and c of the second pass
+  SharedArray<int> flags;    // the arg-max within the share; whether there is a second pass
+  SharedArray<Vector> row;
+  SharedArray<Element> columns;  // the same memory as `row`
+
+  __device__ explicit RowMemory(unsigned char* memory)
+      : sums(memory, 0),
+        totals(memory, kTotals),
+        top_values(memory, kTopValues),
+        top_vectors(memory, kTopVectors),
+        constants(memory, kConstants),
+        flags(memory, kFlags),
+        row(memory, kRow),
+        columns(memory, kRow) {}
+};
+
+// e^(D-J) u^J as a product of two halves, which other D and J share.
+template <int D, int J>
+__device__ __forceinline__ T monomial(T e, T u) {
+  if constexpr (D == 1) {
+    return J == 0 ? e : u;
+  } else {
+    constexpr int kLow = D / 2, kLowJ = J > kLow ? kLow : J;
+    return monomial<kLow, kLowJ>(e, u) * monomial<D - kLow, J - kLowJ>(e, u);
+  }
+}
+
+// The sums of one thread in T: over at most 256 columns, so that rounding stays small.
+template <typename Kind>
+struct ThreadSums {
+  T sum[kSums<Kind>] = {};
+
+  __device__ __forceinline__ void add(T y) {
+    const T e = exponential(y);      // NaN passes here
+    const T u = e * clamp_shift(y);  // and not here
+    sum[0] += e;
+    sum[1] += u;
+    if constexpr (Kind::kOnePass) add_moments<0>(e, u);
+  }
+
+ private:
+  template <int K>
+  __device__ __forceinline__ void add_moments(T e, T u) {
+    constexpr int kPowers = Kind::Sums::kPowers;
+    sum[2 + K] += monomial<Kind::Sums::kAlpha + K / kPowers, K % kPowers>(e, u);
+    if constexpr (K + 1 < Kind::kMoments) add_moments<K + 1>(e, u);
+  }
+};
+
+// Copies the share into shared memory; the thread's largest column, and the vector that holds it.
+__device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray<Vector>& row) {
+  Top<T> top{static_cast<T>(-kInfinity), 0};
+  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
+    row[index] = vector;
+    const T largest = S::maximum(vector);
+    if (largest > top.value) top = {largest, index};
+  });
+  return top;
+}
+
+// Finds the column of the maximum in its vector and takes it out of the row.  Only the thread that
+// sums this vector comes here, so no other thread needs to see the change.
+template <typename Kind>
+__device__ void take_out(const Top<T>& top, const RowMemory<Kind>& shared) {
+  const Vector vector = shared.row[top.vector];
+  const auto z = S::unpack(vector);
+  int within = 0;
+  CAREF_UNROLL
+  for (int i = S::kWidth - 1; i >= 0; --i) within = z.at[i] == top.value ? i : within;
+  const int column = top.vector * S::kWidth + within;
+  shared.columns[column] = S::narrow(-kInfinity);
+  shared.flags[0] = column;
+}
+
+// Adds f and p f' of a vector; `top` is the index in it that is left out, if it is one.
+__device__ __forceinline__ void add_sced(const Vector& vector, int top, T maximum, T inverse_d, T c,
+                                         const Exponents& exponents, T (&sums)[kScedSums]) {
+  const auto z = S::unpack(vector);
+  CAREF_UNROLL
+  for (int i = 0; i < S::kWidth; ++i) {
+    const T y = clamp_shift(z.at[i] - maximum);
+    const T p = i == top ? T(0) : exponential(y) * inverse_d;
+    const T q = 1 - p;
+    sums[0] += sced_density(p, y - c, q, exponents);
+    sums[1] += p * sced_slope<T>(p, y - c, q, exponents) / q;
+  }
+}
+
+// The second pass of a block that has the whole row; thread 0 adds to its `result`.
+template <typename Kind>
+__device__ void add_second_pass(const RowParams& params, const RowMemory<Kind>& shared, int vectors,
+                                T maximum, RowResult<T>& result) {
+  if (threadIdx.x == 0) {
+    shared.constants[0] = static_cast<T>(result.constants().p_top);
+    shared.constants[1] = static_cast<T>(result.constants().c);
+    shared.flags[1] = result.needs_sced();
+  }
+  __syncthreads();  // the constants are there, and nobody reads the first sums any more
+  if (!shared.flags[1]) return;
+  const Exponents exponents = Kind::exponents(params);
+  const T inverse_d = shared.constants[0], c = shared.constants[1];
+  T sums[kScedSums] = {};
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Vector vector = shared.row[i];
+    add_sced(vector, -1, maximum, inverse_d, c, exponents, sums);
+  }
+  block_sums(sums, shared.sums, shared.totals);
+  if (threadIdx.x == 0) result.add_sced(shared.totals[0], shared.totals[1], exponents);
+}
+
+// The result of a row from its sums, `totals`, which may be shared or global memory.
+template <typename Kind, typename Totals>
+__device__ __forceinline__ RowResult<T> finish(const RowParams& params, const Target& target,
+                                               const Totals& totals, double maximum, int64_t argmax,
+                                               double label_logit) {
+  const RowSums sums{maximum, argmax, totals[0], totals[1]};
+  const Exponents exponents = Kind::exponents(params);
+  RowResult<T> result(params, target, exponents, sums, label_logit);
+  if constexpr (Kind::kOnePass) {
+    typename Kind::Sums moments;
+    CAREF_UNROLL
+    for (int k = 0; k < Kind::kMoments; ++k) moments.sum[k] = totals[2 + k];
+    if (result.needs_sced()) result.add_sced(moments, exponents);
+  }
+  return result;
+}
+
+// A block for each slice of each row.  If it has the whole row it finishes it.
+template <typename Kind>
+__global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<T, Kind>))
+    row_kernel(const RowParams params, const Slices slices, double* partials) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const RowMemory<Kind> shared(memory);
+  const Place place(slices, params.columns);
+  const Target target = target_of(params, place.row);
+  const bool has_row = slices.count == 1;
+  if (!target.counts || is_outside(target, params.columns)) {
+    const double value = target.counts ? kNan : 0.0;
+    if (threadIdx.x == 0 && has_row) RowResult<T>(value).write(params, place.row);
+    return;
+  }
+  const Element* logits =
+      static_cast<const Element*>(params.logits) + params.logits_offset(place.row);
+  const Share<S> share(logits + place.begin, place.columns);
+  const Top<T> own = fetch(share, shared.row);
+  const Top<T> top = block_top(own, shared.top_values, shared.top_vectors);
+  const bool has_top = top.value > -kInfinity;
+  if (has_top && threadIdx.x == top.vector % blockDim.x) take_out(top, shared);
+  const T reference = reference_of(top.value);
+  ThreadSums<Kind> sums;
+  for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) {
+    const Vector vector = shared.row[i];
+    const auto z = S::unpack(vector);
+    CAREF_UNROLL
+    for (int k = 0; k < S::kWidth; ++k) sums.add(z.at[k] - reference);
+  }
+  block_sums(sums.sum, shared.sums, shared.totals);
+  const bool writes = threadIdx.x == 0;
+  const int argmax = writes && has_top ? shared.flags[0] : 0;
+  if (!has_row) {
+    if (!writes) return;
+    double* partial = partials + (place.row * slices.count + place.slice) * kPartialSize<Kind>;
+    partial[0] = top.value;
+    partial[1] = place.begin + argmax;
+    for (int k = 0; k < kSums<Kind>; ++k) partial[kPartialHead + k] = shared.totals[k];
+    return;
+  }
+  RowResult<T> result(0.0);
+  if (writes) {
+    const T label_logit = target.has_label ? S::widen(logits[target.label]) : T(0);
+    result = finish<Kind>(params, target, shared.totals, top.value, argmax, label_logit);
+  }
+  if constexpr (Kind::kSced && !Kind::kOnePass) {
+    add_second_pass(params, shared, share.vectors(), reference, result);
+  }
+  if (writes) result.write(params, place.row);
+}
+
+// A warp for each row that several blocks share: merges what they found.
+template <typename Kind>
+__global__ void __launch_bounds__(kWarp)
+    merge_kernel(const RowParams params, const Slices slices, const double* partials) {
+  const int64_t row = slices.first_row + blockIdx.x;
+  const int lane = threadIdx.x;
+  const Target target = target_of(params, row);
+  if (!target.counts || is_outside(target, params.columns)) {
+    if (lane == 0) RowResult<T>(target.counts ? kNan : 0.0).write(params, row);
+    return;
+  }
+  const double* const parts = partials + row * slices.count * kPartialSize<Kind>;
+  Top<double> top{-kInfinity, slices.count};
+  for (int i = lane; i < slices.count; i += kWarp) top.merge(parts[i * kPartialSize<Kind>], i);
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const double value = __shfl_xor_sync(kAllLanes, top.value, step);
+    const int slice = __shfl_xor_sync(kAllLanes, top.vector, step);
+    top.merge(value, slice);
+  }
+  double sums[kSums<Kind>] = {};
+  for (int i = lane; i < slices.count; i += kWarp) {
+    const double* const part = parts + i * kPartialSize<Kind>;
+    PartialSums<Kind> own;
+    own.residual = part[kPartialHead];
+    own.first_moment = part[kPartialHead + 1];
+    if constexpr (Kind::kOnePass) {
+      CAREF_UNROLL
+      for (int k = 0; k < Kind::kMoments; ++k) own.moments.sum[k] = part[kPartialHead + 2 + k];
+    }
+    // The first slice with the maximum keeps its column out; every other one has left out a column
+    // that belongs in, unless it has nothing but -inf.
+    if (i != top.vector && part[0] > -kInfinity) own.raise(part[0] - top.value);
+    sums[0] += own.residual;
+    sums[1] += own.first_moment;
+    if constexpr (Kind::kOnePass) {
+      CAREF_UNROLL
+      for (int k = 0; k < Kind::kMoments; ++k) sums[2 + k] += own.moments.sum[k];
+    }
+  }
+  CAREF_UNROLL
+  for (int k = 0; k < kSums<Kind>; ++k) {
+    CAREF_UNROLL
+    for (int step = kWarp / 2; step > 0; step /= 2)
+      sums[k] += __shfl_xor_sync(kAllLanes, sums[k], step);
+  }
+  if (lane != 0) return;
+  const Element* logits = static_cast<const Element*>(params.logits) + params.logits_offset(row);
+  const double label_logit = target.has_label ? S::widen(logits[target.label]) : 0.0;
+  const auto argmax = static_cast<int64_t>(parts[top.vector * kPartialSize<Kind> + 1]);
+  finish<Kind>(params, target, sums, top.value, argmax, label_logit).write(params, row);
+}
+
+// A block for each slice of each row: its share of the second pass, from the statistics that the
+// merge has written.
+__global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
+    second_kernel(const RowParams params, const Slices slices, double* sced_partials) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<double> scratch(memory, 0);
+  const SharedArray<double> totals(memory, kMostWarps * kScedSums * sizeof(double));
+  const Place place(slices, params.columns);
+  const Target target = target_of(params, place.row);
+  const SavedRow<T> saved(params, place.row);
+  if (!target.counts || !saved.needs_sced(params.columns)) return;
+  const Exponents exponents(params.alpha, params.beta);
+  const RowConstants<T> constants(saved.residual, static_cast<double>(params.vocab_size));
+  const T inverse_d = static_cast<T>(constants.p_top), c = static_cast<T>(constants.c);
+  const Share<S> share(
+      static_cast<const Element*>(params.logits) + params.logits_offset(place.row) + place.begin,
+      place.columns);
+  const int top = static_cast<int>(saved.argmax) - place.begin;
+  T sums[kScedSums] = {};
+  for_each_vector<1>(share, [&](const Vector& vector, int index) {
+    add_sced(vector, top - index * S::kWidth, saved.maximum, inverse_d, c, exponents, sums);
+  });
+  block_sums(sums, scratch, totals);
+  if (threadIdx.x != 0) return;
+  double* out = sced_partials + (place.row * slices.count + place.slice) * kScedSums;
+  out[0] = totals[0];
+  out[1] = totals[1];
+}
+
+// A thread for each row: adds up the second pass.
+__global__ void __launch_bounds__(kMostThreads)
+    add_kernel(const RowParams params, const Slices slices, const double* sced_partials) {
+  const int64_t row =
+      slices.first_row + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= params.rows() || !target_of(params, row).counts) return;
+  const SavedRow<T> saved(params, row);
+  if (!saved.needs_sced(params.columns)) return;
+  double density = 0.0, slope = 0.0;
+  for (int i = 0; i < slices.count; ++i) {
+    density += sced_partials[(row * slices.count + i) * kScedSums];
+    slope += sced_partials[(row * slices.count + i) * kScedSums + 1];
+  }
+  const RowConstants<T> constants(saved.residual, static_cast<double>(params.vocab_size));
+  const double top = sced_density(constants.p_top, -constants.c, constants.q_top,
+                                  Exponents(params.alpha, params.beta));
+  static_cast<T*>(params.terms)[row * kNumTerms + kSced] = static_cast<T>(density + top);
+  static_cast<T*>(params.stats)[row * kNumStatistics + kSlopeSum] = static_cast<T>(slope);
+}
+
+template <typename Kind>
+Status forward_rows(const RowParams& params, const Plan& plan, const Resources& resources) {
+  const int row_bytes = RowMemory<Kind>::kRow + plan.share_bytes(sizeof(Element));
+  auto* const partials = static_cast<double*>(resources.workspace);
+  const int64_t rows = params.rows();
+  Launches launches(resources.stream, plan);
+  launches.each_slice("row_kernel", row_kernel<Kind>, row_bytes, params, partials);
+  if (plan.slices == 1) return launches.status();
+  launches.each_row("merge_kernel", merge_kernel<Kind>, kWarp, 1, params,
+                    const_cast<const double*>(partials));
+  if (Kind::kSced && !Kind::kOnePass) {
+    double* const sced = partials + rows * plan.slices * kPartialSize<Kind>;
+    launches.each_slice("second_kernel", second_kernel, kSecondBytes, params, sced);
+    launches.each_row("add_kernel", add_kernel, kMostThreads, kMostThreads, params,
+                      const_cast<const double*>(sced));
+  }
+  return launches.status();
+}
+
+}  // namespace
+
+template <>
+Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
+  Status status;
+  visit_kinds<S>(
+      params, [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
+  return status;
+}
+
+template <>
+int64_t forward_workspace_of<S>(const RowParams& params, const Plan& plan) {
+  int64_t doubles = 0;
+  visit_kinds<S>(params, [&](auto kind) {
+    using Kind = decltype(kind);
+    const bool second = Kind::kSced && !Kind::kOnePass;
+    doubles = kPartialSize<Kind> + (second ? kScedSums : 0);
+  });
+  return plan.slices == 1 ? 0 : params.rows() * plan.slices * doubles * int64_t{sizeof(double)};
+}
+
+}  // namespace caref::cuda

@@ -1,0 +1,225 @@
+// How columns lie in memory: 16 bytes at a time, the widest load there is, and how they become
+// numbers.  16-bit floats are widened exactly and rounded once, to nearest even.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "../row_results.h"
+
+namespace caref::cuda {
+
+constexpr int kVectorBytes = 16;
+using Vector = uint4;
+
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a change of type, not of size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+// float and double: the numbers themselves.
+template <typename T>
+struct PlainStorage {
+  using Element = T;
+  using Arithmetic = T;
+  static constexpr int kWidth = kVectorBytes / sizeof(T);  // columns of a vector
+
+  struct Numbers {
+    T at[kWidth];
+  };
+  static __device__ __forceinline__ Numbers unpack(const Vector& vector) {
+    return bits_as<Numbers>(vector);
+  }
+  static __device__ __forceinline__ Vector pack(const Numbers& numbers) {
+    return bits_as<Vector>(numbers);
+  }
+  static __device__ __forceinline__ T widen(T element) { return element; }
+  static __device__ __forceinline__ T narrow(double value) { return static_cast<T>(value); }
+
+  // The largest column; NaN does not win: it reaches the result through the sums.
+  static __device__ __forceinline__ T maximum(const Vector& vector) {
+    const Numbers z = unpack(vector);
+    T largest = z.at[0];
+    CAREF_UNROLL
+    for (int i = 1; i < kWidth; ++i) largest = larger(largest, z.at[i]);
+    return largest;
+  }
+};
+
+// Two 16-bit floats to a 32-bit word, which the GPU compares and rounds together.
+template <typename Derived>
+struct PairedStorage {
+  using Element = uint16_t;
+  using Arithmetic = float;
+  static constexpr int kWidth = 8;
+
+  struct Numbers {
+    float at[kWidth];
+  };
+  static __device__ __forceinline__ Numbers unpack(const Vector& vector) {
+    Numbers numbers;
+    Derived::widen_pair(vector.x, numbers.at[0], numbers.at[1]);
+    Derived::widen_pair(vector.y, numbers.at[2], numbers.at[3]);
+    Derived::widen_pair(vector.z, numbers.at[4], numbers.at[5]);
+    Derived::widen_pair(vector.w, numbers.at[6], numbers.at[7]);
+    return numbers;
+  }
+  static __device__ __forceinline__ Vector pack(const Numbers& numbers) {
+    return {Derived::narrow_pair(numbers.at[0], numbers.at[1]),
+            Derived::narrow_pair(numbers.at[2], numbers.at[3]),
+            Derived::narrow_pair(numbers.at[4], numbers.at[5]),
+            Derived::narrow_pair(numbers.at[6], numbers.at[7])};
+  }
+  static __device__ __forceinline__ float widen(uint16_t element) {
+    float low, high;
+    Derived::widen_pair(element, low, high);
+    return low;
+  }
+  static __device__ __forceinline__ uint16_t narrow(double value) {
+    return static_cast<uint16_t>(Derived::narrow_pair(static_cast<float>(value), 0.0f));
+  }
+  static __device__ __forceinline__ float maximum(const Vector& vector) {
+    using Pair = typename Derived::Pair;
+    const Pair left = __hmax2(bits_as<Pair>(vector.x), bits_as<Pair>(vector.y));
+    const Pair right = __hmax2(bits_as<Pair>(vector.z), bits_as<Pair>(vector.w));
+    float low, high;
+    Derived::widen_pair(bits_as<uint32_t>(__hmax2(left, right)), low, high);
+    return fmaxf(low, high);
+  }
+};
+
+struct BFloat16 : PairedStorage<BFloat16> {
+  using Pair = __nv_bfloat162;
+  static __device__ __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
+    low = bits_as<float>(word << 16);
+    high = bits_as<float>(word & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+};
+
+struct Float16 : PairedStorage<Float16> {
+  using Pair = __half2;
+  static __device__ __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
+    const float2 both = __half22float2(bits_as<__half2>(word));
+    low = both.x;
+    high = both.y;
+  }
+  static __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+    return bits_as<uint32_t>(__floats2half2_rn(low, high));
+  }
+};
+
+struct Float32 : PlainStorage<float> {};
+struct Float64 : PlainStorage<double> {};
+
+// One block's share of a row: columns [0, columns) from `data`, seen as vectors.  The same thread
+// takes the same columns whether the share starts at a multiple of 16 bytes or not, so a row gives
+// the same bits wherever it lies.
+template <typename S>
+class Share {
+ public:
+  using Element = typename S::Element;
+
+  __device__ Share(const Element* data, int columns)
+      : data_(data),
+        columns_(columns),
+        whole_(reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 ? columns / S::kWidth : 0) {}
+
+  __device__ __forceinline__ int vectors() const { return (columns_ + S::kWidth - 1) / S::kWidth; }
+  // Those that one load fetches: none of them if the share is misaligned.
+  __device__ __forceinline__ int whole() const { return whole_; }
+
+  __device__ __forceinline__ Vector load_whole(int index) const {
+    return reinterpret_cast<const Vector*>(data_)[index];
+  }
+
+  // Any vector, column by column; columns past the end are -inf, which no sum notices.
+  __device__ __forceinline__ Vector load(int index) const {
+    struct {
+      Element at[S::kWidth];
+    } elements;
+    CAREF_UNROLL
+    for (int i = 0; i < S::kWidth; ++i) {
+      const int column = index * S::kWidth + i;
+      elements.at[i] = column < columns_ ? data_[column] : S::narrow(-kInfinity);
+    }
+    return bits_as<Vector>(elements);
+  }
+
+ private:
+  const Element* data_;
+  int columns_;
+  int whole_;
+};
+
+// Calls body(vector, index) for all vectors of a share that are this thread's, in order, kBatch of
+// them in flight at a time while whole ones last.
+template <int kBatch, typename S, typename Body>
+__device__ __forceinline__ void for_each_vector(const Share<S>& share, Body body) {
+  const int threads = blockDim.x, whole = share.whole();
+  int next = threadIdx.x;
+  for (; next < whole; next += kBatch * threads) {
+    Vector batch[kBatch];
+    CAREF_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (next + i * threads < whole) batch[i] = share.load_whole(next + i * threads);
+    }
+    CAREF_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (next + i * threads < whole) body(batch[i], next + i * threads);
+    }
+  }
+  // The last batch may have gone beyond: back to this thread's first vector that is not whole.
+  while (next - threads >= whole) next -= threads;
+  for (; next < share.vectors(); next += threads) body(share.load(next), next);
+}
+
+// The same, for writing.
+template <typename S>
+class OutShare {
+ public:
+  using Element = typename S::Element;
+
+  __device__ OutShare(Element* data, int columns)
+      : data_(data),
+        columns_(columns),
+        whole_(reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 ? columns / S::kWidth : 0) {}
+
+  __device__ __forceinline__ void store(int index, const Vector& vector) const {
+    if (index < whole_) {
+      reinterpret_cast<Vector*>(data_)[index] = vector;
+      return;
+    }
+    struct Elements {
+      Element at[S::kWidth];
+    };
+    const Elements elements = bits_as<Elements>(vector);
+    CAREF_UNROLL
+    for (int i = 0; i < S::kWidth; ++i) {
+      const int column = index * S::kWidth + i;
+      if (column < columns_) data_[column] = elements.at[i];
+    }
+  }
+
+  __device__ __forceinline__ void store_one(int column, double value) const {
+    data_[column] = S::narrow(value);
+  }
+
+ private:
+  Element* data_;
+  int columns_;
+  int whole_;
+};
+
+}  // namespace caref::cuda

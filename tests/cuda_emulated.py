@@ -1,0 +1,191 @@
+"""The backend "cuda-emulated", for tests: the sources of csrc/cuda compiled by g++ with tests/cuda_emulation.
+
+Importing this module registers it; the first use compiles, in seconds, and what it makes is kept under build/ by a hash
+of its sources.  With CAREF_SANITIZE=1 it is compiled with AddressSanitizer and UBSan (.ci/sanitize).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from caref_kernels import backends
+from caref_kernels.backends.cuda import CudaBackend
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "cuda-emulated"
+STORAGES = ("Float32", "Float64", "BFloat16", "Float16")
+SANITIZE = os.environ.get("CAREF_SANITIZE") == "1"
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Werror -Wno-psabi -Wno-maybe-uninitialized".split()
+# -O2 halves the time of the suite; under the sanitizers -O1 keeps what their messages point at.
+OPTIMISE = (
+    "-O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined" if SANITIZE else "-O2"
+).split()
+# What the device of the emulation is like: small, so that rows of the suite are split as on a GPU.
+MULTIPROCESSORS, SHARED_BYTES, MOST_BLOCKS = 16, 100 * 1024, 2**31 - 1
+# For subprocesses that are given a backend's name.
+PREAMBLE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cuda_emulated\n"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that tests may use."""
+    chosen = os.environ.get("CXX", "g++")
+    return chosen if shutil.which(shlex.split(chosen)[0]) else None
+
+
+# Too slow for it, a switch of fibers for every lane of every shuffle: many rows, or many calls with many rows.
+TOO_SLOW = frozenset(
+    {
+        "test_float16_gradient_is_scaled_before_it_is_rounded_D04",
+        "test_many_short_rows_N23",
+        "test_mean_of_many_sixteen_bit_rows_D02",
+        "test_number_of_threads",
+        "test_sum_over_many_rows_R08",
+    }
+)
+
+
+def is_left_out(name: str, parameters: dict[str, object]) -> bool:
+    """Whether a test with these parameters would take the emulation too long."""
+    return NAME in parameters.values() and name in TOO_SLOW
+
+
+def units(root: Path) -> dict[str, list[str]]:
+    """Name of each object file -> compiler arguments."""
+    csrc, emulation = root / "csrc", ROOT / "tests" / "cuda_emulation"
+    as_cpp = ["-I", str(emulation), "-x", "c++"]
+    made = {
+        f"{name}_{storage}": [*as_cpp, f"-DCAREF_STORAGE={storage}", str(csrc / "cuda" / f"{name}.cu")]
+        for storage in STORAGES
+        for name in ("forward", "backward")
+    }
+    made["launch"] = [*as_cpp, str(csrc / "cuda" / "launch.cu")]
+    made["emulator"] = [str(emulation / "emulator.cpp")]
+    made["bindings"] = [*_python_flags(), str(csrc / "bindings.cpp")]
+    return made
+
+
+def _python_flags() -> list[str]:
+    import pybind11
+
+    defines = ["-DCAREF_WITHOUT_CPU", '-DCAREF_CUDA_ARCHITECTURES="emulated"']
+    return [*defines, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+
+
+def build(root: Path, folder: Path, names: tuple[str, ...] = (), objects: Path | None = None) -> Path:
+    """Compile the sources under ``root`` into ``folder``; the path of the module.
+
+    With ``names`` only these units are compiled, and the others taken from the folder ``objects``.
+    """
+    chosen = {name: arguments for name, arguments in units(root).items() if not names or name in names}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda item: _run([*FLAGS, *OPTIMISE, "-c", "-o", folder / f"{item[0]}.o", *item[1]]), chosen.items()))
+    path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    linked = [(folder if name in chosen else objects) / f"{name}.o" for name in units(root)]
+    _run([*OPTIMISE, "-shared", "-o", path, *linked])
+    return path
+
+
+def build_library(source: Path, folder: Path) -> Path:
+    """Kernels of a test, compiled with the emulation alone."""
+    emulation = ROOT / "tests" / "cuda_emulation"
+    path = folder / f"{source.stem}.so"
+    includes = ["-I", emulation, "-I", ROOT / "csrc" / "cuda"]
+    _run([*FLAGS, *OPTIMISE, "-shared", "-o", path, emulation / "emulator.cpp", *includes, "-x", "c++", source])
+    return path
+
+
+def _run(arguments: list) -> None:
+    command = [*shlex.split(compiler()), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@functools.cache
+def built() -> Path:
+    """The module of this tree, compiled now if it has not been."""
+    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "cuda_emulation").glob("*.*")])
+    key = hashlib.sha256(repr((FLAGS, OPTIMISE, compiler(), sysconfig.get_config_var("EXT_SUFFIX"))).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    folder = ROOT / "build" / "cuda_emulation" / key.hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the kernel lets go of it if that one dies
+        if not folder.exists():
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+            build(ROOT, temporary)
+            temporary.rename(folder)
+    return next(folder.glob("_C*"))
+
+
+def load(path: Path) -> ModuleType:
+    """Import the extension at ``path``, under a name of its own: pybind11 finds modules again by their name."""
+    name = f"cuda_emulated_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}._C"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_COMPILER = compiler()  # found once: torch.compile traces through unsupported()
+
+
+class EmulatedCudaBackend(CudaBackend):
+    """The CUDA backend on CPU tensors, over an emulated device."""
+
+    name = NAME
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+
+    @functools.cached_property
+    def path(self) -> Path:
+        return self._path or built()
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        return load(self.path)
+
+    @functools.cached_property
+    def controls(self) -> ctypes.CDLL:
+        """The functions for tests at the end of emulator.cpp."""
+        return ctypes.CDLL(str(self.path))
+
+    @contextlib.contextmanager
+    def device(self, multiprocessors: int = MULTIPROCESSORS, shared: int = SHARED_BYTES, most_blocks: int = MOST_BLOCKS):
+        """Another device for a while."""
+        self.controls.cuda_emulation_set_device(multiprocessors, shared, most_blocks)
+        yield
+        self.controls.cuda_emulation_set_device(MULTIPROCESSORS, SHARED_BYTES, MOST_BLOCKS)
+
+    def unsupported(self, logits: Tensor) -> str | None:
+        if _COMPILER is None:
+            return "no C++ compiler to build the emulation with"
+        return None if logits.device.type == "cpu" else f"logits are on {logits.device}"
+
+    def _guard(self, logits: Tensor) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def _stream(self, logits: Tensor) -> int:
+        return 0
+
+
+BACKEND = EmulatedCudaBackend()
+backends._BACKENDS[NAME] = BACKEND

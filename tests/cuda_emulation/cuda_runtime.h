@@ -1,0 +1,183 @@
+// Lets g++ compile the .cu files of csrc/cuda, unmodified, and run them on the host: what they use
+// of the CUDA language and runtime, for tests.  A fiber plays each thread of a block and blocks run
+// one after another (emulator.cpp).  A kernel fails, as a launch error that says where, when
+//   - a barrier or a warp operation is not reached by all of its threads at one place;
+//   - shared memory is read before it is written, out of its bounds, or by a thread that no barrier
+//     separates from another's write (or written by one that none separates from another's access).
+// Only the macro CAREF_DYNAMIC_SHARED gives shared memory: a plain __shared__ could not be watched,
+// and does not compile.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define CAREF_DYNAMIC_SHARED(name) \
+  unsigned char* const name = nullptr /* only SharedArray knows where it is */
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace cuda_emulation {
+
+constexpr int kWarp = 32;
+
+// Where in the sources a thread waits.
+struct Site {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+// A thread waits here for its block.
+void block_barrier(const Site& site);
+// A thread waits here for the lanes of its warp; `orders_memory` as __syncwarp does.
+void warp_barrier(unsigned mask, const Site& site, bool orders_memory);
+// The lanes' values of the last warp operation: a slot of 16 bytes for each.
+void* warp_slot(int lane);
+void next_warp_slots();
+int lane();
+
+// Every access to shared memory; they do not return if it is a mistake.
+void* shared_for_reading(std::ptrdiff_t offset, std::size_t bytes);
+void* shared_for_writing(std::ptrdiff_t offset, std::size_t bytes);
+
+template <typename Value>
+Value exchange(unsigned mask, Value value, int from, const Site& site) {
+  static_assert(sizeof(Value) <= 16, "a slot has 16 bytes");
+  std::memcpy(warp_slot(lane()), &value, sizeof(value));
+  warp_barrier(mask, site, false);
+  Value received;
+  std::memcpy(&received, warp_slot(from), sizeof(received));
+  next_warp_slots();
+  return received;
+}
+
+unsigned ballot(unsigned mask, bool predicate, const Site& site);
+
+}  // namespace cuda_emulation
+
+#define CUDA_EMULATION_SITE(what) \
+  ::cuda_emulation::Site { what, __FILE__, __LINE__ }
+#define __syncthreads() ::cuda_emulation::block_barrier(CUDA_EMULATION_SITE("__syncthreads"))
+#define __syncwarp() \
+  ::cuda_emulation::warp_barrier(0xffffffffu, CUDA_EMULATION_SITE("__syncwarp"), true)
+#define __shfl_xor_sync(mask, value, step)                                   \
+  ::cuda_emulation::exchange(mask, value, ::cuda_emulation::lane() ^ (step), \
+                             CUDA_EMULATION_SITE("__shfl_xor_sync"))
+#define __shfl_sync(mask, value, from) \
+  ::cuda_emulation::exchange(mask, value, (from) % 32, CUDA_EMULATION_SITE("__shfl_sync"))
+#define __ballot_sync(mask, predicate) \
+  ::cuda_emulation::ballot(mask, predicate, CUDA_EMULATION_SITE("__ballot_sync"))
+#define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
+#define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == (mask))
+
+namespace caref::cuda {
+
+// As in csrc/cuda/reduce.cuh, with a look at every access.
+template <typename E>
+class SharedArray {
+ public:
+  class Reference {
+   public:
+    explicit Reference(std::ptrdiff_t offset) : offset_(offset) {}
+    operator E() const {
+      E value;
+      std::memcpy(&value, cuda_emulation::shared_for_reading(offset_, sizeof(E)), sizeof(E));
+      return value;
+    }
+    const Reference& operator=(const E& value) const {
+      std::memcpy(cuda_emulation::shared_for_writing(offset_, sizeof(E)), &value, sizeof(E));
+      return *this;
+    }
+    const Reference& operator=(const Reference& other) const {
+      return *this = static_cast<E>(other);
+    }
+
+   private:
+    std::ptrdiff_t offset_;
+  };
+
+  SharedArray(unsigned char*, int offset) : offset_(offset) {}
+  Reference operator[](std::ptrdiff_t index) const {
+    return Reference(offset_ + index * static_cast<std::ptrdiff_t>(sizeof(E)));
+  }
+
+ private:
+  std::ptrdiff_t offset_;
+};
+
+}  // namespace caref::cuda
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMaxGridDimX = 5,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim{0, 0, 0};
+  dim3 blockDim{0, 0, 0};
+  std::size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  void* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+namespace cuda_emulation {
+cudaError_t allow_shared(const void* kernel, int bytes);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*),
+                void* arguments);
+}  // namespace cuda_emulation
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  return cuda_emulation::allow_shared(reinterpret_cast<const void*>(kernel), value);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  auto call = [&] { kernel(Parameters(arguments)...); };
+  using Call = decltype(call);
+  return cuda_emulation::run(
+      *config, reinterpret_cast<const void*>(kernel),
+      [](void* closure) { (*static_cast<Call*>(closure))(); }, &call);
+}

@@ -1,0 +1,134 @@
+// Kernels with one mistake each, and one without, for tests/test_cuda_emulation.py: the emulation
+// must stop at every mistake and say what it is.
+#include <cuda_runtime.h>
+
+#include "reduce.cuh"
+
+namespace {
+
+using caref::cuda::kAllLanes;
+using caref::cuda::kWarp;
+using caref::cuda::SharedArray;
+
+constexpr int kThreads = 64;
+
+// Reverses what each thread holds, through shared memory.
+template <bool kBarrier>
+__global__ void reverse_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (kBarrier) __syncthreads();
+  out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
+}
+
+// Writes again what others may still read.
+__global__ void reuse_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[(threadIdx.x + kWarp) % kThreads];
+  values[threadIdx.x] = 2;
+}
+
+// The first warp reads what the second one has written, then the second one writes it again.
+__global__ void late_reuse_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x % kWarp];
+  if (threadIdx.x >= kWarp) values[threadIdx.x % kWarp] = 2;
+}
+
+// The barrier is reached by half of the block.
+__global__ void half_barrier_kernel(int* out) {
+  if (threadIdx.x < kThreads / 2) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+// Each half reaches a barrier of its own.
+__global__ void two_barriers_kernel(int* out) {
+  if (threadIdx.x < kThreads / 2) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = 1;
+}
+
+// A lane of the mask does not come.
+__global__ void missing_lane_kernel(int* out) {
+  if (threadIdx.x % kWarp == 5) return;
+  out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
+}
+
+// The first element has not been written.
+__global__ void unwritten_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  if (threadIdx.x > 0) values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[0];
+}
+
+__global__ void beyond_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  values[threadIdx.x + 1] = 1;
+  out[threadIdx.x] = 1;
+}
+
+// Neighbours of a warp exchange with __syncwarp between, which is enough, or without.
+template <bool kBarrier>
+__global__ void neighbours_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> values(memory, 0);
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (kBarrier) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+__global__ void votes_kernel(int* out) {
+  const bool odd = threadIdx.x % 2 == 1;
+  const unsigned votes = __ballot_sync(kAllLanes, odd);
+  const bool some = __any_sync(kAllLanes, odd), all = __all_sync(kAllLanes, odd);
+  out[threadIdx.x] = votes == 0xaaaaaaaau && some && !all ? __shfl_sync(kAllLanes, 7, 3) : 0;
+}
+
+struct Named {
+  const char* name;
+  void (*kernel)(int*);
+};
+const Named kKernels[] = {
+    {"reverse", reverse_kernel<true>},
+    {"missing barrier", reverse_kernel<false>},
+    {"reuse", reuse_kernel},
+    {"late reuse", late_reuse_kernel},
+    {"half a barrier", half_barrier_kernel},
+    {"two barriers", two_barriers_kernel},
+    {"missing lane", missing_lane_kernel},
+    {"unwritten", unwritten_kernel},
+    {"beyond the end", beyond_kernel},
+    {"neighbours", neighbours_kernel<true>},
+    {"missing __syncwarp", neighbours_kernel<false>},
+    {"votes", votes_kernel},
+};
+
+}  // namespace
+
+// Runs the kernel of that name on `out` (64 elements); the error, or null.
+extern "C" __attribute__((visibility("default"))) const char* run_planted(const char* name,
+                                                                          int* out) {
+  for (const Named& one : kKernels) {
+    if (strcmp(one.name, name)) continue;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kThreads * sizeof(int);
+    const cudaError_t error = cudaLaunchKernelEx(&config, one.kernel, out);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+  return "there is no such kernel";
+}
