@@ -122,23 +122,23 @@ struct ColumnGradient {
     const Vec<T> p = e * inverse_d;
     Vec<T> inner = kl * y + constant;
     if constexpr (Kind::kOnePass) {
-      inner += weighted_sced(x) * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
+      inner += weight(x) * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
     } else if constexpr (Kind::kSced) {
       const Vec<T> q = 1 - p;
-      inner += weighted_sced(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
+      inner += weight(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
       return p * inner - e * share * top_slope;
     }
     return p * inner;
   }
 
   // grad_sced w.
-  CAREF_HD Vec<T> weighted_sced(Vec<T> x) const {
+  CAREF_HD auto weight(Vec<T> x) const {
     if constexpr (kIsMasked<Kind>) {
       const Keys<T> keys = keys_of<T>(x);
       const Vec<T> tied = keys == threshold ? splat<T>(tied_sced) : Vec<T>{};
       return keys > threshold ? splat<T>(sced) : tied;
     } else {
-      return splat<T>(sced);
+      return sced;
     }
   }
 };

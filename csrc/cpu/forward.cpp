@@ -166,6 +166,26 @@ void write_mask(const RowParams& params, int64_t row, const RowMask<T>& mask) {
   stats[kTieWeight] = static_cast<T>(mask.tie_weight);
 }
 
+// A row without a softmax.
+template <typename T>
+void write_nan_row(const RowParams& params, int64_t row, const Target& target,
+                   double (&stats)[kNumStatistics]) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  stats[kResidual] = stats[kMeanShift] = stats[kSlopeSum] = nan;
+  write_row<T>(params, row, {target.has_label ? nan : 0.0, params.with_sced ? nan : 0.0, nan},
+               stats);
+}
+
+template <typename S, typename Kind, typename T = typename Storage<S>::Arithmetic>
+ScedSums second_pass(BlockReader<S>& block, const RowMask<T>& mask, T maximum, int64_t argmax,
+                     const RowConstants<T>& row, const Exponents& exponents) {
+  if constexpr (kIsMasked<Kind>) {
+    return sum_masked<S, Kind>(block, mask, maximum, argmax, row, exponents);
+  } else {
+    return sum_sced<S, T>(block, maximum, argmax, row, exponents);
+  }
+}
+
 template <typename S, typename Kind>
 void forward_row(const RowParams& params, const Exponents& exponents, int64_t row,
                  const Target& target, void* workspace) {
@@ -179,15 +199,9 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   stats[kMaximum] = sums.maximum;
   stats[kArgmax] = static_cast<double>(sums.argmax);
   if (!std::isfinite(sums.maximum) || sums.is_nan || std::isnan(sums.residual)) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    stats[kResidual] = stats[kMeanShift] = stats[kSlopeSum] = nan;
-    terms[kCe] = target.has_label ? nan : 0.0;
-    terms[kSced] = Kind::kSced ? nan : 0.0;
-    terms[kKl] = nan;
-    return write_row<T>(params, row, terms, stats);
+    return write_nan_row<T>(params, row, target, stats);
   }
-  const double vocab_size = static_cast<double>(params.vocab_size);
-  const double d = 1.0 + sums.residual;
+  const double vocab_size = static_cast<double>(params.vocab_size), d = 1.0 + sums.residual;
   const double c = log_ratio_offset(sums.residual, vocab_size);
   const double mean_shift = sums.first_moment / d;
   stats[kResidual] = sums.residual;
@@ -199,31 +213,25 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
     terms[kCe] = log1p(sums.residual) - y;
   }
   const T residual = static_cast<T>(sums.residual);
-  [[maybe_unused]] RowMask<T> mask = {};
-  [[maybe_unused]] Key<T> top = 0;
-  [[maybe_unused]] double top_weight = 1.0;
-  if constexpr (kIsMasked<Kind>) {
-    mask = select_mask(params, logits, entropy(sums.residual, mean_shift), workspace);
-    top = key_at(logits + sums.argmax);
-    top_weight = mask.weight(top);
-  }
+  [[maybe_unused]] const auto mask = select_mask<S, Kind>(
+      params, logits, sums.argmax, entropy(sums.residual, mean_shift), workspace);
   if constexpr (Kind::kSced) {
     if (is_one_hot(residual)) {
       terms[kSced] = params.beta == 0.0 ? power(std::fabs(c), exponents.alpha) : 0.0;
     } else {
       const RowConstants<T> constants(residual, vocab_size);
-      ScedSums rest;
-      if constexpr (kIsMasked<Kind>) {
-        rest =
-            sum_masked<S, Kind>(block, mask, sums.maximum, sums.argmax, top, constants, exponents);
-      } else if constexpr (Kind::kOnePass) {
-        rest = {sums.moments.sced(c, d), sums.moments.slope_sum(constants.c, constants.d)};
+      double rest, top = sced_density(1.0 / d, -c, sums.residual / d, exponents);
+      if constexpr (Kind::kOnePass && !kIsMasked<Kind>) {
+        rest = sums.moments.sced(c, d);
+        stats[kSlopeSum] = sums.moments.slope_sum(constants.c, constants.d);
       } else {
-        rest = sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
+        const ScedSums sced =
+            second_pass<S, Kind>(block, mask, sums.maximum, sums.argmax, constants, exponents);
+        rest = sced.density;
+        stats[kSlopeSum] = sced.slope;
+        if constexpr (kIsMasked<Kind>) top *= mask.weight(mask.top);
       }
-      terms[kSced] =
-          rest.density + top_weight * sced_density(1.0 / d, -c, sums.residual / d, exponents);
-      stats[kSlopeSum] = rest.slope;
+      terms[kSced] = rest + top;
     }
   }
   write_row<T>(params, row, terms, stats);

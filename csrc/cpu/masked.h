@@ -91,10 +91,12 @@ class MaskedSums {
   WideSum<T> wide_density_, wide_slope_;
 };
 
-// The mask of a row: k, the threshold, the weight of each of the columns at it.
+// The mask of a row: k, the threshold, the weight of each of the columns at it, and the key of the
+// arg-max column.
 template <typename T>
 struct RowMask {
   int64_t support;
+  Key<T> top;
   Selection<T> selection;
   double tie_weight;
 
@@ -103,9 +105,13 @@ struct RowMask {
   }
 };
 
-template <typename S, typename T = typename Storage<S>::Arithmetic>
-RowMask<T> select_mask(const RowParams& params, const S* logits, double entropy, void* workspace) {
-  RowMask<T> mask;
+// The mask of a row with this entropy; nothing for a kind of kernel without one.
+template <typename S, typename Kind, typename T = typename Storage<S>::Arithmetic>
+RowMask<T> select_mask(const RowParams& params, const S* logits, int64_t argmax, double entropy,
+                       void* workspace) {
+  RowMask<T> mask = {};
+  if constexpr (!kIsMasked<Kind>) return mask;
+  mask.top = key_at(logits + argmax);
   Key<T>* keys = static_cast<Key<T>*>(workspace);
   mask.support = row_support(entropy, params.k_scale, params.k_min, params.k_max);
   mask.selection = select_top(logits, params.columns, mask.support, keys);
@@ -118,18 +124,18 @@ RowMask<T> select_mask(const RowParams& params, const S* logits, double entropy,
   return mask;
 }
 
-// sum w f and sum w p f' over the columns other than the arg-max, whose key is `top`.
+// sum w f and sum w p f' over the columns other than the arg-max.
 template <typename S, typename Kind, typename T = typename Storage<S>::Arithmetic>
 ScedSums sum_masked(BlockReader<S>& block, const RowMask<T>& mask, T maximum, int64_t argmax,
-                    Key<T> top, const RowConstants<T>& row, const Exponents& exponents) {
+                    const RowConstants<T>& row, const Exponents& exponents) {
   const Selection<T>& found = mask.selection;
   ScedSums sums;
-  if (found.above > (top > found.threshold)) {
+  if (found.above > (mask.top > found.threshold)) {
     MaskedSums<T, Kind> above(maximum, found.threshold, row, exponents);
-    sums =
-        found.listed ? above.of_list(found.listed, found.size, top) : above.of_row(block, argmax);
+    sums = found.listed ? above.of_list(found.listed, found.size, mask.top)
+                        : above.of_row(block, argmax);
   }
-  const int64_t tied = found.equal - (top == found.threshold);
+  const int64_t tied = found.equal - (mask.top == found.threshold);
   if (tied > 0) {
     const double y =
         static_cast<double>(value_of<T>(found.threshold)) - static_cast<double>(maximum);
