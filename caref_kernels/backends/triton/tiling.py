@@ -154,8 +154,7 @@ class SelectionPlan(NamedTuple):
 def selection_plan(rows: int, storage: Storage, device: Device) -> SelectionPlan:
     """A program for each row, up to as many as run at a time: each has lists of its own in memory."""
     tile = _tile(SELECTION_WARPS, SELECTION_LOADS, storage, device)
-    if not device.interpreted:
-        tile = tile._replace(lanes=1)
+    tile = tile._replace(lanes=tile.width if device.interpreted else 1)
     shift = 0 if storage.itemsize > 2 else 16 if storage.bfloat16 else 13
     infinity = 0x7FF << 52 if storage.itemsize == 8 else (0xFF << 23) >> shift
     # Lists are searched in registers, of which a float64 takes two.
