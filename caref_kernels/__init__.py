@@ -4,7 +4,19 @@ from .backends import explain
 from .config import CarefConfig
 from .functional import CarefOutput, caref_loss, fused_sced
 from .modules import CarefLoss, SCEDLoss
+from .sparsity import EntropyTopK, TopK
 
 __version__ = "0.1.0"
 
-__all__ = ["CarefConfig", "CarefLoss", "CarefOutput", "SCEDLoss", "__version__", "caref_loss", "explain", "fused_sced"]
+__all__ = [
+    "CarefConfig",
+    "CarefLoss",
+    "CarefOutput",
+    "EntropyTopK",
+    "SCEDLoss",
+    "TopK",
+    "__version__",
+    "caref_loss",
+    "explain",
+    "fused_sced",
+]

@@ -53,13 +53,18 @@ class RowResult {
   }
 
   CAREF_HD bool needs_sced() const { return needs_sced_; }
+  // Whether the row has no softmax.
+  CAREF_HD bool is_nan() const { return stats_[kResidual] != stats_[kResidual]; }
+  CAREF_HD double entropy() const { return caref::entropy(sums_.residual, stats_[kMeanShift]); }
   // With the residual as it is stored: those of the elements, in the second pass and the backward.
   CAREF_HD const RowConstants<T>& constants() const { return constants_; }
 
-  // `density` is sum f and `slope` sum p f', both without the arg-max column.
-  CAREF_HD void add_sced(double density, double slope, const Exponents& exponents) {
+  // `density` is sum f and `slope` sum p f', both without the arg-max column, whose weight in the
+  // mask is `top_weight`.
+  CAREF_HD void add_sced(double density, double slope, const Exponents& exponents,
+                         double top_weight = 1.0) {
     const double top = sced_density(1.0 / d(), -c_, sums_.residual / d(), exponents);
-    terms_[kSced] = density + top;
+    terms_[kSced] = density + top_weight * top;
     stats_[kSlopeSum] = slope;
   }
   template <int A, int B>
@@ -69,9 +74,12 @@ class RowResult {
 
   CAREF_HD void write(const RowParams& params, int64_t row) const {
     T* terms_out = static_cast<T*>(params.terms) + row * kNumTerms;
-    T* stats_out = static_cast<T*>(params.stats) + row * kNumStatistics;
+    T* stats_out = static_cast<T*>(params.stats) + row * params.num_statistics();
     for (int i = 0; i < kNumTerms; ++i) terms_out[i] = static_cast<T>(terms_[i]);
     for (int i = 0; i < kNumStatistics; ++i) stats_out[i] = static_cast<T>(stats_[i]);
+    // Of rows without a mask of their own: 0 or NaN, as the rest.
+    for (int i = kNumStatistics; i < params.num_statistics(); ++i)
+      stats_out[i] = static_cast<T>(stats_[kResidual]);
   }
 
  private:
@@ -101,7 +109,7 @@ struct RowBackward {
 
   CAREF_HD RowBackward(const RowParams& params, int64_t row, const Target& target,
                        const Exponents& exponents)
-      : RowBackward(static_cast<const T*>(params.stats) + row * kNumStatistics,
+      : RowBackward(static_cast<const T*>(params.stats) + row * params.num_statistics(),
                     static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride,
                     params.grad_term_stride, static_cast<double>(params.vocab_size)) {
     if (!target.has_label) grad_ce = 0.0;
@@ -126,15 +134,16 @@ struct RowBackward {
     return grad_ce * ce + grad_sced * sced - grad_kl * constants.p_top * mean_shift;
   }
 
-  // That of the label column, another one, whose shift is `raw_shift`.
-  CAREF_HD double label(double raw_shift, const Exponents& exponents) const {
+  // That of the label column, another one, whose shift is `raw_shift` and whose weight in the mask
+  // is `weight`.
+  CAREF_HD double label(double raw_shift, double weight, const Exponents& exponents) const {
     const bool is_empty = raw_shift < -700.0;  // e^y is 0 there, and y may be -inf
     const double y = is_empty ? -700.0 : raw_shift;
     const double e = is_empty ? 0.0 : exp(y);
     const double p = e / constants.d, q = 1.0 - p;
     double sced = 0.0;
     if (grad_sced != 0.0) {
-      const double own = p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
+      const double own = weight * p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
       sced = own - p * slope_sum - e / constants.residual * top_slope;
     }
     return -grad_ce * q + grad_sced * sced + grad_kl * p * (y - mean_shift);

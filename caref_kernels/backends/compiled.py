@@ -26,7 +26,8 @@ def row_params(module: ModuleType, logits: Tensor, targets: Tensor | None, spec:
     params.outer_stride, params.inner_stride = row_strides(logits)
     if targets is not None:
         params.targets, params.targets_dtype = targets.data_ptr(), module.DTYPES[str(targets.dtype)]
-    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec
+    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced, *budget = spec
+    params.k_scale, params.k_min, params.k_max = budget
     return params
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import RowSpec
-from ..objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
 from .compiled import MISSING, add_gradients, add_outputs, row_params
 from .compiled import MODULE as _C
 
@@ -29,7 +29,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs the compiled module and logits on the CPU."""
         if _C is None:
             return MISSING
@@ -45,7 +45,7 @@ class CpuBackend:
         dtype = accumulation_dtype(logits.dtype)
         rows = params.outer_rows * params.inner_rows
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype)
-        stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype)
+        stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype)
         add_outputs(params, terms, stats)
         _C.forward(params)
         return terms, stats

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import RowSpec
-from ..objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
 from .compiled import MISSING, MODULE, add_gradients, add_outputs, row_params
 
 
@@ -25,10 +25,12 @@ class CudaBackend:
     name = "cuda"
     module: ModuleType | None = MODULE
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs a build with nvcc, logits on a CUDA device, and machine code or PTX for it."""
         if self.module is None:
             return MISSING
+        if spec is not None and spec.is_masked:
+            return "its kernels have no top-k selection"
         built = self.module.CUDA_ARCHITECTURES
         if not built:
             return "built without nvcc (put it on the path or set CUDA_HOME, and install again)"
@@ -48,7 +50,7 @@ class CudaBackend:
         dtype, device = accumulation_dtype(logits.dtype), logits.device
         rows = params.outer_rows * params.inner_rows
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=device)
-        stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype, device=device)
+        stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=device)
         add_outputs(params, terms, stats)
         with self._guard(logits):
             # Rows that several blocks share: torch's allocator keeps it until the stream is past the call.

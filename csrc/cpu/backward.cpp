@@ -2,9 +2,30 @@
 // gradients are scaled by the row's incoming gradient and added in T, and rounded once.
 #include "kernels.h"
 #include "rows.h"
+#include "select.h"
 
 namespace caref::cpu::CAREF_ISA {
 namespace {
+
+// A row with the place of its columns in the mask; without one, every weight is 1.
+template <typename T>
+struct MaskedRow : RowBackward<T> {
+  Key<T> threshold = -kInfinityKey<T>;
+  double tie_weight = 1.0;
+
+  MaskedRow(const RowParams& params, int64_t row, const Target& target, const Exponents& exponents)
+      : RowBackward<T>(params, row, target, exponents) {
+    if (!params.is_masked()) return;
+    const T* stats = static_cast<const T*>(params.stats) + row * params.num_statistics();
+    threshold = key_at(stats + kThreshold);
+    tie_weight = static_cast<double>(stats[kTieWeight]);
+  }
+
+  // w of the column with this key.
+  double weight(Key<T> key) const {
+    return key > threshold ? 1.0 : key == threshold ? tie_weight : 0.0;
+  }
+};
 
 // The gradient of every column but the arg-max and the label, which the caller writes again.
 // p (C + grad_kl y + grad_sced f') with the constants of the row in C.
@@ -13,9 +34,11 @@ struct ColumnGradient {
   T maximum, inverse_d, c, constant, kl, sced;
   T share,
       top_slope;  // grad_sced * q_a p_a f'_a * e / r, kept apart where the product could overflow
+  Key<T> threshold;
+  T tied_sced;  // grad_sced times the weight of a column at the threshold
   const Exponents& exponents;
 
-  ColumnGradient(const RowBackward<T>& row, const Exponents& all)
+  ColumnGradient(const MaskedRow<T>& row, const Exponents& all)
       : maximum(row.maximum),
         inverse_d(static_cast<T>(row.constants.p_top)),
         c(static_cast<T>(row.constants.c)),
@@ -23,6 +46,8 @@ struct ColumnGradient {
         sced(static_cast<T>(row.grad_sced)),
         share(0),
         top_slope(0),
+        threshold(row.threshold),
+        tied_sced(static_cast<T>(row.grad_sced * row.tie_weight)),
         exponents(all) {
     double sum = row.grad_sced == 0.0 ? 0.0 : row.slope_sum;
     if (Kind::kSced && row.grad_sced != 0.0) {
@@ -42,13 +67,24 @@ struct ColumnGradient {
     const Vec<T> p = e * inverse_d;
     Vec<T> inner = kl * y + constant;
     if constexpr (Kind::kOnePass) {
-      inner += sced * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
+      inner += weight(x) * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
     } else if constexpr (Kind::kSced) {
       const Vec<T> q = 1 - p;
-      inner += sced * (sced_slope<T>(p, y - c, q, exponents) / q);
+      inner += weight(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
       return p * inner - e * share * top_slope;
     }
     return p * inner;
+  }
+
+  // grad_sced w.
+  CAREF_HD auto weight(Vec<T> x) const {
+    if constexpr (kIsMasked<Kind>) {
+      const Keys<T> keys = keys_of<T>(x);
+      const Vec<T> tied = keys == threshold ? splat<T>(tied_sced) : Vec<T>{};
+      return keys > threshold ? splat<T>(sced) : tied;
+    } else {
+      return sced;
+    }
   }
 };
 
@@ -69,16 +105,22 @@ CAREF_HD void fetch_ahead(const S* place) {
 
 template <typename S, typename Kind>
 void backward_row(const S* logits, S* out, int64_t columns,
-                  const RowBackward<typename Storage<S>::Arithmetic>& row, const Target& target,
+                  MaskedRow<typename Storage<S>::Arithmetic>& row, const Target& target,
                   const Exponents& exponents) {
   using T = typename Storage<S>::Arithmetic;
   constexpr int kLanes = Lanes<T>::kCount;
+  if constexpr (kIsMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));
+  // The two columns that need their own form, before the row may be overwritten in place.
   const double top = row.top(target);
   const bool is_apart = target.has_label && target.label != row.argmax;
-  const double label = is_apart ? row.label(static_cast<double>(load_one(logits + target.label)) -
-                                                static_cast<double>(row.maximum),
-                                            exponents)
-                                : 0.0;
+  double label = 0.0;
+  if (is_apart) {
+    const S* place = logits + target.label;
+    const double weight = kIsMasked<Kind> ? row.weight(key_at(place)) : 1.0;
+    const double raw_shift =
+        static_cast<double>(load_one(place)) - static_cast<double>(row.maximum);
+    label = row.label(raw_shift, weight, exponents);
+  }
   const ColumnGradient<S, T, Kind> gradient(row, exponents);
   const int64_t whole = columns - columns % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
@@ -109,7 +151,7 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
       fill_row(out, params.columns, 0.0);
       continue;
     }
-    const RowBackward<T> row(params, i, target, exponents);
+    MaskedRow<T> row(params, i, target, exponents);
     if (!row.is_usable(params.columns)) {
       fill_row(out, params.columns, std::numeric_limits<double>::quiet_NaN());
       continue;
@@ -120,9 +162,9 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void backward(const RowParams& params, int64_t begin, int64_t end) {
+void backward(const RowParams& params, int64_t begin, int64_t end, void*) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) {
+    visit_kind(params, [&](auto kind) {
       backward_rows<decltype(storage), decltype(kind)>(params, begin, end);
     });
   });

@@ -1,7 +1,10 @@
 // Terms and statistics of rows.  One read of the row for even exponents: the row is taken in blocks
 // that fit the first-level cache; each block is looked at for a new maximum and then summed.  Other
 // exponents read the row a second time.
+#include <type_traits>
+
 #include "kernels.h"
+#include "masked.h"
 #include "rows.h"
 
 namespace caref::cpu::CAREF_ISA {
@@ -96,11 +99,6 @@ void sum_row(BlockReader<S>& block, LaneSums<T, Kind>& sums) {
   take_wide(sums);
 }
 
-struct ScedSums {
-  double density = 0.0;
-  double slope = 0.0;
-};
-
 // The second pass: sum f and sum p f' over the columns other than the arg-max.
 template <typename S, typename T>
 ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowConstants<T>& row,
@@ -126,19 +124,39 @@ ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowCon
   return {wide_density.take(), wide_slope.take()};
 }
 
+template <typename T>
+void write_mask(const RowParams& params, int64_t row, const RowMask<T>& mask) {
+  T* stats = static_cast<T*>(params.stats) + row * params.num_statistics();
+  stats[kSupport] = static_cast<T>(mask.support);
+  stats[kThreshold] = value_of<T>(mask.selection.threshold);
+  stats[kTieWeight] = static_cast<T>(mask.tie_weight);
+}
+
 template <typename S, typename Kind>
 void forward_row(const RowParams& params, const Exponents& exponents, int64_t row,
-                 const Target& target) {
+                 const Target& target, void* workspace) {
   using T = typename Storage<S>::Arithmetic;
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
-  LaneSums<T, Kind> sums;
+  // The budget of a mask depends on the entropy, so SCED takes a second look at the row.
+  LaneSums<T, std::conditional_t<kIsMasked<Kind>, NoSced, Kind>> sums;
   sum_row(block, sums);
   const double residual = sums.is_nan ? kNan : sums.residual;
   const RowSums totals{static_cast<double>(sums.maximum), sums.argmax, residual, sums.first_moment};
   const double label_logit = target.has_label ? load_one(logits + target.label) : 0.0;
   RowResult<T> result(params, target, exponents, totals, label_logit);
-  if constexpr (Kind::kSced) {
+  if constexpr (kIsMasked<Kind>) {
+    if (result.is_nan()) return result.write(params, row);
+    const RowMask<T> mask =
+        select_mask<S>(params, logits, sums.argmax, result.entropy(), workspace);
+    if (result.needs_sced()) {
+      const ScedSums sced = sum_masked<S, Kind>(block, mask, sums.maximum, sums.argmax,
+                                                result.constants(), exponents);
+      result.add_sced(sced.density, sced.slope, exponents, mask.weight(mask.top));
+    }
+    result.write(params, row);
+    return write_mask(params, row, mask);
+  } else if constexpr (Kind::kSced) {
     if (result.needs_sced()) {
       if constexpr (Kind::kOnePass) {
         result.add_sced(sums.moments, exponents);
@@ -153,12 +171,12 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
 }
 
 template <typename S, typename Kind>
-void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
+void forward_rows(const RowParams& params, int64_t begin, int64_t end, void* workspace) {
   const Exponents exponents(params.alpha, params.beta);
   for (int64_t row = begin; row < end; ++row) {
     const Target target = target_of(params, row);
     if (target.counts) {
-      forward_row<S, Kind>(params, exponents, row, target);
+      forward_row<S, Kind>(params, exponents, row, target, workspace);
     } else {
       RowResult<typename Storage<S>::Arithmetic>(0.0).write(params, row);
     }
@@ -167,10 +185,10 @@ void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void forward(const RowParams& params, int64_t begin, int64_t end) {
+void forward(const RowParams& params, int64_t begin, int64_t end, void* workspace) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) {
-      forward_rows<decltype(storage), decltype(kind)>(params, begin, end);
+    visit_kind(params, [&](auto kind) {
+      forward_rows<decltype(storage), decltype(kind)>(params, begin, end, workspace);
     });
   });
 }

@@ -9,6 +9,25 @@
 
 namespace caref::cpu::CAREF_ISA {
 
+// A kind whose SCED is over the top k alone.
+template <typename Kind>
+struct Masked : Kind {};
+template <typename Kind>
+constexpr bool kIsMasked = false;
+template <typename Kind>
+constexpr bool kIsMasked<Masked<Kind>> = true;
+
+// Calls visitor(kind) with the kind of kernel that the mask and the exponents of `params` need.
+template <typename Visitor>
+void visit_kind(const RowParams& params, Visitor visitor) {
+  visit_exponents(params, [&](auto kind) {
+    if constexpr (decltype(kind)::kSced) {
+      if (params.is_masked()) return visitor(Masked<decltype(kind)>{});
+    }
+    visitor(kind);
+  });
+}
+
 // Calls visitor(storage) with a value of the type that the logits are stored in.
 template <typename Visitor>
 void visit_storage(DType dtype, Visitor visitor) {

@@ -110,7 +110,7 @@ __device__ void set_up(const RowParams& params, const Place& place, const Elemen
   const int64_t label = target.label - place.begin;
   if (target.has_label && target.label != row.argmax && label >= 0 && label < place.columns) {
     const double shift = static_cast<double>(S::widen(share[label])) - row.maximum;
-    shared.values[1] = row.label(shift, exponents);
+    shared.values[1] = row.label(shift, 1.0, exponents);
     shared.flags[kLabelColumn] = static_cast<int>(label);
   }
 }
