@@ -3,8 +3,20 @@
 from .backends import explain
 from .config import CarefConfig
 from .functional import CarefOutput, caref_loss, fused_sced
-from .modules import CarefLoss, SCEDLoss
+from .fused_linear import linear_caref_loss
+from .modules import CarefLoss, LinearCarefLoss, SCEDLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["CarefConfig", "CarefLoss", "CarefOutput", "SCEDLoss", "__version__", "caref_loss", "explain", "fused_sced"]
+__all__ = [
+    "CarefConfig",
+    "CarefLoss",
+    "CarefOutput",
+    "LinearCarefLoss",
+    "SCEDLoss",
+    "__version__",
+    "caref_loss",
+    "explain",
+    "fused_sced",
+    "linear_caref_loss",
+]
