@@ -5,6 +5,7 @@ from .config import CarefConfig
 from .functional import CarefOutput, caref_loss, fused_sced
 from .fused_linear import linear_caref_loss
 from .modules import CarefLoss, LinearCarefLoss, SCEDLoss
+from .sparsity import EntropyTopK, TopK
 
 __version__ = "0.1.0"
 
@@ -12,8 +13,10 @@ __all__ = [
     "CarefConfig",
     "CarefLoss",
     "CarefOutput",
+    "EntropyTopK",
     "LinearCarefLoss",
     "SCEDLoss",
+    "TopK",
     "__version__",
     "caref_loss",
     "explain",

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, objective
 from .autograd import CarefFunction, Plan
 from .config import CarefConfig, Reduction
+from .sparsity import Sparsity
 
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
@@ -20,7 +21,8 @@ class CarefOutput(NamedTuple):
     """The loss and its terms, all reduced alike; shapes () for "mean" and "sum", those of the labels for "none".
 
     ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weigh the terms itself;
-    ``entropy`` (nats) is not: it is ``log V - kl``.
+    ``entropy`` (nats) is not: it is ``log V - kl``.  ``support`` is k_t, the number of tokens in a row's mask; ``None``
+    without ``sparsity``.
     """
 
     loss: Tensor
@@ -28,6 +30,7 @@ class CarefOutput(NamedTuple):
     sced: Tensor
     kl: Tensor
     entropy: Tensor
+    support: Tensor | None = None
 
 
 def fused_sced(
@@ -36,6 +39,7 @@ def fused_sced(
     valid: Tensor | None = None,
     alpha: float = CarefConfig.alpha,
     beta: float = CarefConfig.beta,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
     vocab_size: int | None = CarefConfig.vocab_size,
@@ -54,6 +58,9 @@ def fused_sced(
         valid: ``(...)``, bool or integer; rows with 0 contribute nothing and get a zero gradient, whatever they hold.
         alpha: in [1, 16].
         beta: 0, or in [0.1, 16].
+        sparsity: the tokens that count: ``None``, all of them, as in the equation; :class:`caref_kernels.TopK`, the k
+            largest logits; :class:`caref_kernels.EntropyTopK`, as many as the row's entropy asks for.  Tied logits at
+            the k-th place share what is left of k.
         reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
         num_items: divisor that replaces the number of valid rows in ``"mean"``: a positive number, or a 0-D tensor,
             which is read without a synchronisation.
@@ -69,14 +76,17 @@ def fused_sced(
         ValueError: a shape or a range mismatch; the message gives both values.
         NotImplementedError: an explicit backend that cannot run (with its reason), or a torch.func transform.
     Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
-        1 - p = 1e-12.  Deterministic: the same bits on every run and for any number of threads.
-    Memory: saves the logits and (N, 5) row statistics; the backward makes the gradient, or nothing if in place.
+        1 - p = 1e-12, given k_t; ceil(scale * exp(H)) itself may differ by one from one backend to another.
+        Deterministic: the same bits on every run and for any number of threads.
+    Memory: saves the logits and (N, 5) row statistics, (N, 8) with a mask; the backward makes the gradient, or nothing
+        if in place.
     """
     config = CarefConfig(
         alpha=alpha,
         beta=beta,
         lambda_sced=1.0,
         lambda_kl=0.0,
+        sparsity=sparsity,
         reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
@@ -93,6 +103,7 @@ def caref_loss(
     beta: float = CarefConfig.beta,
     lambda_sced: float = CarefConfig.lambda_sced,
     lambda_kl: float = CarefConfig.lambda_kl,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
@@ -112,8 +123,8 @@ def caref_loss(
         lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
         lambda_kl: weight of KL, finite and >= 0.
         ignore_index: label of the rows that are left out of every term.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy) from the same pass.
-        alpha, beta, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, support) from the same pass.
+        alpha, beta, sparsity, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
     Returns:
         The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats.
     Raises:
@@ -126,6 +137,7 @@ def caref_loss(
         beta=beta,
         lambda_sced=lambda_sced,
         lambda_kl=lambda_kl,
+        sparsity=sparsity,
         ignore_index=ignore_index,
         reduction=reduction,
         vocab_size=vocab_size,
@@ -158,20 +170,23 @@ def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Tensor | N
         return loss
     shape = loss.shape
     entropy = objective.entropy(*(stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift")))
+    observed = [entropy]
+    if config.sparsity is not None:
+        observed.append(stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")])
     if config.reduction != "none":
-        entropy = entropy.sum() if divisor is None else entropy.sum() / divisor
-    ce, sced, kl = (term.reshape(shape) for term in terms.unbind(-1))
-    return CarefOutput(loss, ce, sced, kl, entropy.reshape(shape))
+        observed = [value.sum() if divisor is None else value.sum() / divisor for value in observed]
+    values = (*terms.unbind(-1), *observed)
+    return CarefOutput(loss, *(value.reshape(shape) for value in values))
 
 
 def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):
     rows = _as_rows(logits)
-    name = backends.select(config.backend, rows)
+    spec = config.row_spec(rows.size(-1))
+    name = backends.select(config.backend, rows, spec)
     if config.inplace_backward:
         _check_inplace(logits, rows)
     divisor = divisor_of(logits, targets, num_items, config)
     per_row = config.reduction == "none"
-    spec = config.row_spec(rows.size(-1))
     plan = Plan(spec, name, weights, per_row, config.inplace_backward)
     loss, terms, stats = CarefFunction.apply(rows, targets, divisor, plan)
     return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor

@@ -12,6 +12,7 @@ from .autograd import LinearCarefFunction, LinearPlan
 from .config import CarefConfig, Reduction
 from .functional import CarefOutput, check_floating, check_labels, describe, divisor_of, name_results
 from .objective import MAX_COLUMNS
+from .sparsity import Sparsity
 
 
 def linear_caref_loss(
@@ -24,6 +25,7 @@ def linear_caref_loss(
     beta: float = CarefConfig.beta,
     lambda_sced: float = CarefConfig.lambda_sced,
     lambda_kl: float = CarefConfig.lambda_kl,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
@@ -44,8 +46,8 @@ def linear_caref_loss(
         bias: ``(V,)`` or ``None``.
         chunk_rows: rows of logits that exist at a time, >= 1; by default chosen from the memory that they, and the
             gradient of the weight, take.
-        alpha, beta, lambda_sced, lambda_kl, ignore_index, reduction, num_items, vocab_size, backend, return_terms: as
-            in :func:`caref_kernels.caref_loss`.
+        alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, reduction, num_items, vocab_size, backend,
+            return_terms: as in :func:`caref_kernels.caref_loss`.
     Returns:
         The loss, or :class:`caref_kernels.CarefOutput`; float32 (float64 for float64), in nats.
     Raises:
@@ -66,6 +68,7 @@ def linear_caref_loss(
         beta=beta,
         lambda_sced=lambda_sced,
         lambda_kl=lambda_kl,
+        sparsity=sparsity,
         ignore_index=ignore_index,
         reduction=reduction,
         vocab_size=vocab_size,
@@ -90,9 +93,10 @@ def linear_from_config(  # noqa: PLR0913
     if config.inplace_backward:
         raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
     rows = hidden.reshape(-1, hidden.size(-1))
+    spec = config.row_spec(weight.size(0))
     plan = LinearPlan(
-        spec=config.row_spec(weight.size(0)),
-        backend=backends.select(config.backend, hidden.new_empty((1, 1), dtype=dtype)),
+        spec=spec,
+        backend=backends.select(config.backend, hidden.new_empty((1, 1), dtype=dtype), spec),
         weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
         per_row=config.reduction == "none",
         with_terms=config.return_terms,

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends
 from .backends.reference import check_labels
 from .config import RowSpec
-from .objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from .objective import NUM_TERMS, accumulation_dtype, statistics_of
 
 # A chunk shorter than this makes the products slow; one up to SMALL_CHUNK_BYTES is not worth splitting further.
 LEAST_ROWS = 256
@@ -49,7 +49,7 @@ class Rows(Protocol):
     """The loss of a block of logits (n, V): what a backend does, or several ranks with a part of the columns each."""
 
     def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Terms (n, 3) and statistics (n, 5)."""
+        """Terms (n, 3) and statistics (n, S)."""
 
     def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor) -> None:
         """Overwrite ``logits`` with the gradient of sum(grad_terms * terms)."""
@@ -92,14 +92,14 @@ def auto_chunk_rows(rows: int, head: Head, trains_weight: bool) -> int:
 def forward(
     head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, weights: list[float], needs: Needs, chunk_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Terms (N, 3), statistics (N, 5), and the gradients of sum(weights * terms) that are needed.
+    """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) that are needed.
 
     ``weights`` are those of CE, SCED and KL.  The gradient of hidden has its dtype, those of weight and bias the
     accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
     """
     dtype = accumulation_dtype(head.hidden.dtype)
     terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
-    stats = head.hidden.new_zeros((head.hidden.size(0), NUM_STATISTICS), dtype=dtype)
+    stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(spec))), dtype=dtype)
     grad_terms = terms.new_tensor([weights])
     gradients = _Gradients(head, needs)
     for chunk in _chunks(head, targets, spec, chunk_rows, needs.weight):

@@ -12,10 +12,13 @@ from torch import Tensor
 from . import backends, linear_chunks
 from .config import RowSpec
 from .linear_chunks import BackendRows, Head, Needs
-from .objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from .objective import NUM_TERMS, accumulation_dtype, statistics_of
 
 NAMESPACE = "caref_kernels"
-_SPEC = "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, str backend"
+_SPEC = (
+    "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, "
+    "float k_scale, int k_min, int k_max, str backend"
+)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward(Tensor logits, Tensor? targets, {_SPEC}) -> (Tensor, Tensor)")
@@ -41,15 +44,15 @@ def _num_rows(logits: Tensor) -> int:
     return rows * logits.size(1) if logits.dim() == 3 else rows
 
 
-def _forward(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913
-    spec = RowSpec(alpha, beta, vocab_size, ignore_index, with_sced)
-    return backends.get(backend).forward(logits, targets, spec.for_columns(logits.size(-1)))
+def _forward(logits, targets, *spec_and_backend):
+    *spec, backend = spec_and_backend
+    return backends.get(backend).forward(logits, targets, RowSpec(*spec).for_columns(logits.size(-1)))
 
 
-def _forward_fake(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913, ARG001
+def _forward_fake(logits, targets, *spec_and_backend):  # noqa: ARG001
     dtype = accumulation_dtype(logits.dtype)
-    rows = _num_rows(logits)
-    return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, NUM_STATISTICS), dtype=dtype)
+    rows, columns = _num_rows(logits), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
+    return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, columns), dtype=dtype)
 
 
 def _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend):  # noqa: PLR0913
@@ -111,9 +114,9 @@ def _linear_forward(hidden, weight, bias, targets, weights, needs, chunk_rows, *
 
 def _linear_forward_fake(hidden, weight, bias, targets, weights, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913, ARG001
     dtype = accumulation_dtype(hidden.dtype)
-    rows = hidden.size(0)
+    rows, columns = hidden.size(0), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
     terms = hidden.new_empty((rows, NUM_TERMS), dtype=dtype)
-    stats = hidden.new_empty((rows, NUM_STATISTICS), dtype=dtype)
+    stats = hidden.new_empty((rows, columns), dtype=dtype)
     return terms, stats, *_fake_gradients(hidden, weight, needs)
 
 

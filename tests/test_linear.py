@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caref_kernels import CarefConfig, LinearCarefLoss, caref_loss, linear_caref_loss, linear_chunks
+from caref_kernels import (
+    CarefConfig,
+    EntropyTopK,
+    LinearCarefLoss,
+    TopK,
+    backends,
+    caref_loss,
+    linear_caref_loss,
+    linear_chunks,
+)
 from caref_kernels.linear_chunks import BackendRows, Head, Needs
 from caref_kernels.testing import GRADCHECK, IDENTITIES, check_identity
 
@@ -275,6 +284,27 @@ def test_terms_R04_R05(backend, reduction):
         check_identity(getattr(out, name).detach(), getattr(expected, name).detach(), "float32_terms", name)
     mixed, other = ((2 * o.loss + 0.5 * o.kl - 3 * o.sced).sum() for o in (out, expected))
     check_gradients(problem, torch.autograd.grad(mixed, leaves(problem)), torch.autograd.grad(other, leaves(wide)))
+
+
+@pytest.mark.parametrize("sparsity", [TopK(5), EntropyTopK(scale=0.2, k_max=40)], ids=["top", "entropy"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_sparsity(backend, sparsity, reduction):
+    """The mask is a matter of a row, so chunks do not see it."""
+    problem = make_problem(seed=13)
+    options = {"sparsity": sparsity, "lambda_sced": 1.0, "reduction": reduction}
+    reason = backends.get(backend).unsupported(torch.empty(1, 2), CarefConfig(sparsity=sparsity).row_spec(203))
+    if reason is not None:
+        with pytest.raises(NotImplementedError, match=reason):
+            linear_caref_loss(*problem, backend=backend, **options)
+        return
+    out = linear_caref_loss(*problem, chunk_rows=6, backend=backend, return_terms=True, **options)
+    wide = doubled(problem)
+    logits = functional.linear(wide.hidden, wide.weight, wide.bias)
+    expected = caref_loss(logits, wide.labels, backend="reference", return_terms=True, **options)
+    for name in (*TERMS, "support"):
+        check_identity(getattr(out, name).detach(), getattr(expected, name).detach(), "float32_terms", name)
+    pair = (torch.autograd.grad(o.loss.sum(), leaves(p)) for o, p in ((out, problem), (expected, wide)))
+    check_gradients(problem, *pair)
 
 
 def test_module_and_leading_dimensions():
