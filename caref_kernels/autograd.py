@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, linear_chunks, ops
 from .config import RowSpec
+from .linear_chunks import Head, Needs
+from .shards import ShardRows
 
 
 class Plan(NamedTuple):
@@ -113,6 +115,8 @@ class LinearPlan(NamedTuple):
     needs: tuple[bool, bool, bool]  # gradients of hidden, weight and bias
     chunk_rows: int  # 0 chooses
     dtype: torch.dtype  # of the products: that of the tensors, or autocast's
+    shard: ShardRows | None = None  # the columns are spread over several ranks
+    reduce_hidden: bool = False  # whether the ranks add their gradients of hidden
 
 
 class LinearCarefFunction(torch.autograd.Function):
@@ -131,9 +135,7 @@ class LinearCarefFunction(torch.autograd.Function):
         # A compiled backward gets gradients of the terms, zeros, even where nothing was done with them.
         later = plan.per_row or (plan.with_terms and is_compiling)
         now = [need and not later for need in plan.needs]
-        terms, stats, *gradients = ops.linear_forward(
-            *head, targets, plan.weights, now, plan.chunk_rows, *plan.spec, plan.backend
-        )
+        terms, stats, *gradients = _linear_forward(head, targets, now, plan)
         loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
         # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
         saved = gradients if is_compiling and any(now) else ()
@@ -174,14 +176,35 @@ def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None
     else:
         grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
         head = _cast_head((hidden, weight, bias), plan.dtype)
-        gradients = ops.linear_backward(
-            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend
-        )
+        gradients = _linear_backward(grad_terms, head, targets, stats, plan)
     inputs = (hidden, weight, bias)
-    return [
+    gradients = [
         gradient.to(value.dtype) if need else None
         for gradient, value, need in zip(gradients, inputs, plan.needs, strict=True)
     ]
+    if plan.reduce_hidden and plan.needs[0]:
+        gradients[0] = plan.shard.exchange.total(gradients[0])
+    return gradients
+
+
+def _linear_forward(head: list[Tensor | None], targets: Tensor, needs: list[bool], plan: LinearPlan):
+    if plan.shard is None:
+        return ops.linear_forward(*head, targets, plan.weights, needs, plan.chunk_rows, *plan.spec, plan.backend)
+    with torch.autocast(head[0].device.type, enabled=False):
+        return linear_chunks.forward(
+            Head(*head), targets, plan.shard, plan.spec, plan.weights, Needs(*needs), plan.chunk_rows
+        )
+
+
+def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets: Tensor, stats: Tensor, plan: LinearPlan):
+    if plan.shard is None:
+        return ops.linear_backward(
+            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend
+        )
+    with torch.autocast(head[0].device.type, enabled=False):
+        return linear_chunks.backward(
+            grad_terms, Head(*head), targets, stats, plan.shard, plan.spec, Needs(*plan.needs), plan.chunk_rows
+        )
 
 
 def _divided(grad_loss: Tensor, divisor: Tensor) -> Tensor:
@@ -195,3 +218,45 @@ def _scaled(gradient: Tensor, scale: Tensor, may_overwrite: bool) -> Tensor:
     if gradient.dtype != scale.dtype:
         return gradient.to(scale.dtype) * scale
     return gradient.mul_(scale) if may_overwrite else gradient * scale
+
+
+class ShardPlan(NamedTuple):
+    """Everything but tensors that one call of the loss of a rank's columns needs."""
+
+    rows: ShardRows
+    weights: tuple[float, float, float]
+    per_row: bool
+    inplace_backward: bool
+
+
+class ShardFunction(torch.autograd.Function):
+    """(loss, terms, statistics) of this rank's columns (N, V_local), as :class:`CarefFunction`; the ranks exchange
+    what they need in the forward, nothing in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, divisor: Tensor | None, plan: ShardPlan):
+        terms, stats = plan.rows.forward(logits, targets)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        ctx.save_for_backward(logits, targets, divisor, stats)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, reduced, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
+        if grad_loss is None and grad_reduced is None:
+            return (None,) * 4
+        create_graph = torch.is_grad_enabled()
+        logits, targets, divisor, stats = ctx.saved_tensors
+        plan = ctx.plan
+        with torch.no_grad():
+            grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+            gradient = logits.detach() if plan.inplace_backward else torch.empty_like(logits)
+            plan.rows.backward(grad_terms, logits, targets, stats, gradient)
+            if plan.inplace_backward:
+                torch.autograd.graph.increment_version(logits)
+        if create_graph:
+            gradient = _RefuseSecondDerivative.apply(gradient, logits)
+        return gradient, None, None, None

@@ -150,7 +150,7 @@ def caref_loss(
 
 def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`fused_sced` with its options already in a configuration (the lambdas are not read)."""
-    _check_logits(logits)
+    check_logits("logits", logits)
     mask = None if valid is None else _check_valid(valid, logits)
     loss, *_ = _run(logits, mask, num_items, config, (0.0, 1.0, 0.0))
     return loss
@@ -158,7 +158,7 @@ def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Te
 
 def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`caref_loss` with its options already in a configuration."""
-    _check_logits(logits)
+    check_logits("logits", logits)
     labels = check_labels(labels, logits)
     weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
     return name_results(*_run(logits, labels, num_items, config, weights), config)
@@ -184,7 +184,7 @@ def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | Non
     spec = config.row_spec(rows.size(-1))
     name = backends.select(config.backend, rows, spec)
     if config.inplace_backward:
-        _check_inplace(logits, rows)
+        check_inplace(logits, rows)
     divisor = divisor_of(logits, targets, num_items, config)
     per_row = config.reduction == "none"
     plan = Plan(spec, name, weights, per_row, config.inplace_backward)
@@ -232,12 +232,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: dtype must be one of {accepted}; got {tensor.dtype}")
 
 
-def _check_logits(logits: Tensor) -> None:
-    check_floating("logits", logits)
-    if logits.dim() < 2 or logits.size(-1) == 0 or logits.size(-1) > objective.MAX_COLUMNS:
+def check_logits(name: str, logits: Tensor, least_columns: int = 1) -> None:
+    """Logits (..., V) of a dtype and size that the kernels take, or an error that says why not."""
+    check_floating(name, logits)
+    if logits.dim() < 2 or not least_columns <= logits.size(-1) <= objective.MAX_COLUMNS:
         raise ValueError(
-            f"logits: expected shape (..., V) with at least one leading dimension and V in "
-            f"[1, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
+            f"{name}: expected shape (..., V) with at least one leading dimension and V in "
+            f"[{least_columns}, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
         )
 
 
@@ -294,7 +295,8 @@ def _check_count(value: float) -> None:
         raise ValueError(f"num_items must be finite and > 0; got {value!r}")
 
 
-def _check_inplace(logits: Tensor, rows: Tensor) -> None:
+def check_inplace(logits: Tensor, rows: Tensor) -> None:
+    """Raise unless the gradient may be written where the ``logits`` lie, whose view as rows is ``rows``."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
     if rows.data_ptr() != logits.data_ptr():

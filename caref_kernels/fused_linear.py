@@ -127,13 +127,13 @@ def check_chunk_rows(chunk_rows: int | None) -> int:
     return int(chunk_rows)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int = 1) -> torch.dtype:
     """The dtype of the products, after every check of the three tensors; P16, F07."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in tensors.items():
-        _check_not_sharded(name, tensor)
+        _check_not_sharded(name, tensor, least_columns)
         check_floating(name, tensor)
-    _check_shapes(hidden, weight, bias)
+    _check_shapes(hidden, weight, bias, least_columns)
     if len({tensor.device for tensor in tensors.values()}) > 1:
         raise ValueError("hidden, weight and bias must be on one device; got " + _each(tensors, "device"))
     is_double = torch.float64 in {tensor.dtype for tensor in tensors.values()}
@@ -146,9 +146,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     return hidden.dtype
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or not 0 < weight.size(0) <= MAX_COLUMNS:
-        raise ValueError(f"weight: expected shape (V, D) with V in [1, {MAX_COLUMNS}]; got {tuple(weight.shape)}")
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int) -> None:
+    if weight.dim() != 2 or not least_columns <= weight.size(0) <= MAX_COLUMNS:
+        raise ValueError(
+            f"weight: expected shape (V, D) with V in [{least_columns}, {MAX_COLUMNS}]; got {tuple(weight.shape)}"
+        )
     if hidden.dim() < 2 or hidden.size(-1) != weight.size(1):
         raise ValueError(
             f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a weight of shape "
@@ -158,13 +160,13 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias: expected shape ({weight.size(0)},); got {tuple(bias.shape)}")
 
 
-def _check_not_sharded(name: str, tensor: Tensor) -> None:
+def _check_not_sharded(name: str, tensor: Tensor, least_columns: int) -> None:
     if type(tensor).__name__ == "DTensor":
         raise ValueError(
             f"{name} is a DTensor, whose parts lie on several devices: use vocab_parallel_linear_caref_loss for a "
             f"weight sharded over the vocabulary, or gather it first with full_tensor()"
         )
-    if name == "weight" and isinstance(tensor, Tensor) and tensor.numel() == 0:
+    if name == "weight" and least_columns and isinstance(tensor, Tensor) and tensor.numel() == 0:
         raise ValueError(
             f"weight has 0 elements, shape {tuple(tensor.shape)} (a ZeRO-3 or FSDP shard?): gather it first, e.g. with "
             f"deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or compute the loss from the logits"

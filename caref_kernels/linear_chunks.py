@@ -46,13 +46,18 @@ class Needs(NamedTuple):
 
 
 class Rows(Protocol):
-    """The loss of a block of logits (n, V): what a backend does, or several ranks with a part of the columns each."""
+    """The loss of a block of logits (n, V): what a backend does, or several ranks with a part of the columns each.
+
+    ``common_columns`` is a number of columns that all ranks agree on, 0 for a single one.
+    """
+
+    common_columns: int
 
     def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """Terms (n, 3) and statistics (n, S)."""
 
-    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor) -> None:
-        """Overwrite ``logits`` with the gradient of sum(grad_terms * terms)."""
+    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
+        """Write the gradient of sum(grad_terms * terms) into ``out``, which may be the logits."""
 
 
 class BackendRows(NamedTuple):
@@ -60,25 +65,26 @@ class BackendRows(NamedTuple):
 
     backend: str
     spec: RowSpec
+    common_columns: int = 0
 
     def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`Rows`."""
         return backends.get(self.backend).forward(logits, targets, self.spec)
 
-    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor) -> None:
+    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
         """See :class:`Rows`."""
-        backends.get(self.backend).backward(grad_terms, logits, targets, stats, self.spec, logits)
+        backends.get(self.backend).backward(grad_terms, logits, targets, stats, self.spec, out)
 
 
-def auto_chunk_rows(rows: int, head: Head, trains_weight: bool) -> int:
-    """Rows per chunk for ``rows`` rows that count.
+def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0) -> int:
+    """Rows per chunk for ``rows`` rows that count; ``columns`` replaces V where ranks hold different numbers of them.
 
     The peak is ``a * chunk * V + b * V * D``: a the bytes of a logit, b those of an element of the weight's gradient,
     which no chunking makes smaller.  Every chunk reads the weight, and reads and writes its gradient, once more, so a
     chunk is as long as memory allows: both parts together a quarter of the logits; or, where the second part alone is
     more than that, the chunk as much as the second part (for a frozen head: as the weight), and at most a quarter.
     """
-    columns, features = head.weight.shape
+    columns, features = columns or head.weight.size(0), head.weight.size(1)
     a = head.hidden.element_size()
     b = accumulation_dtype(head.hidden.dtype).itemsize if trains_weight else head.weight.element_size()
     fixed = math.ceil(b * features / a) + rows * features // columns  # V * D, and the gradient of hidden, in rows
@@ -102,11 +108,13 @@ def forward(
     stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(spec))), dtype=dtype)
     grad_terms = terms.new_tensor([weights])
     gradients = _Gradients(head, needs)
-    for chunk in _chunks(head, targets, spec, chunk_rows, needs.weight):
+    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
         terms[chunk.rows], chunk_stats = rows.forward(chunk.logits, chunk.targets)
         stats[chunk.rows] = chunk_stats
         if any(needs):
-            rows.backward(grad_terms.expand(len(chunk.hidden), -1), chunk.logits, chunk.targets, chunk_stats)
+            rows.backward(
+                grad_terms.expand(len(chunk.hidden), -1), chunk.logits, chunk.targets, chunk_stats, chunk.logits
+            )
             gradients.add(chunk)
     return terms, stats, *gradients.take()
 
@@ -123,8 +131,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of sum(grad_terms * terms), with the logits computed again; dtypes as in :func:`forward`."""
     gradients = _Gradients(head, needs)
-    for chunk in _chunks(head, targets, spec, chunk_rows, needs.weight):
-        rows.backward(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows])
+    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
+        rows.backward(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows], chunk.logits)
         gradients.add(chunk)
     return gradients.take()
 
@@ -137,24 +145,24 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    head: Head, targets: Tensor | None, spec: RowSpec, chunk_rows: int, trains_weight: bool
+    head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, needs: Needs, chunk_rows: int
 ) -> Iterator[_Chunk]:
     kept = _kept_rows(targets, spec)
     count = head.hidden.size(0) if kept is None else kept.numel()
     if count == 0:
         return
-    size = min(count, chunk_rows or auto_chunk_rows(count, head, trains_weight))
+    size = min(count, chunk_rows or auto_chunk_rows(count, head, needs.weight, rows.common_columns))
     buffer = head.hidden.new_empty((size, head.weight.size(0)))
     for start in range(0, count, size):
         where = slice(start, min(start + size, count))
-        rows = where if kept is None else kept[where]
-        hidden = head.hidden[rows]
+        chosen = where if kept is None else kept[where]
+        hidden = head.hidden[chosen]
         logits = buffer[: len(hidden)]
         if head.bias is None:
             torch.mm(hidden, head.weight.t(), out=logits)
         else:
             torch.addmm(head.bias, hidden, head.weight.t(), out=logits)
-        yield _Chunk(rows, hidden, None if targets is None else targets[rows], logits)
+        yield _Chunk(chosen, hidden, None if targets is None else targets[chosen], logits)
 
 
 def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
