@@ -87,10 +87,11 @@ def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0
     columns, features = columns or head.weight.size(0), head.weight.size(1)
     a = head.hidden.element_size()
     b = accumulation_dtype(head.hidden.dtype).itemsize if trains_weight else head.weight.element_size()
-    fixed = math.ceil(b * features / a) + rows * features // columns  # V * D, and the gradient of hidden, in rows
-    wanted = rows // 4 - fixed
+    weight_rows = math.ceil(b * features / a)  # V * D elements of b bytes, in rows of logits
+    quarter = rows // 4 - rows * features // columns  # without the gradient of hidden
+    wanted = quarter - weight_rows
     if wanted < LEAST_ROWS or not trains_weight:
-        wanted = min(max(fixed, GOOD_ROWS), rows // 4)
+        wanted = min(max(weight_rows, GOOD_ROWS), rows // 4 if trains_weight else quarter)
     wanted = max(wanted, min(SMALL_CHUNK_BYTES // (a * columns), rows // 2), LEAST_ROWS)
     return min(rows, wanted // ROW_MULTIPLE * ROW_MULTIPLE)
 
