@@ -62,7 +62,6 @@ CASES = (
     HeadCase("must-hold-frozen", 4096, 32_128, 256, frozen=True),
     HeadCase("flan-t5-large", 1024, 32_128, 1024),
     HeadCase("flan-t5-large-frozen", 1024, 32_128, 1024, frozen=True),
-    HeadCase("flan-t5-large-bf16", 1024, 32_128, 1024, torch.bfloat16),
     # The widest vocabularies, with the rows that a CPU gets through in seconds.
     HeadCase("llama-3.2-1b", 256, 128_256, 2048),
     HeadCase("gemma-3-270m", 256, 262_144, 640),
@@ -150,19 +149,15 @@ def verify(case: HeadCase) -> dict[str, dict[str, float]]:
     """
     hidden, weight, labels = case.tensors(VERIFIED_ROWS)
     expected = {part: _exact(hidden, weight, labels, part) for part in ("loss", "ce")}
-    loss_identity, identity = {
-        torch.float32: ("float32_terms", "float32_gradient"),
-        torch.bfloat16: ("bfloat16_head", "bfloat16_head"),
-    }[case.dtype]
     errors = {}
     for provider in PROVIDERS:
         loss = provider.loss(hidden, weight, labels)
         exact_loss, exact_gradients = expected[provider.part]
-        check_identity(loss.detach(), exact_loss, loss_identity, f"{case.name}, {provider.name}")
+        check_identity(loss.detach(), exact_loss, "float32_terms", f"{case.name}, {provider.name}")
         leaves = [one for one in (hidden, weight) if one.requires_grad]
         gradients = torch.autograd.grad(loss, leaves)
         for gradient, exact in zip(gradients, exact_gradients, strict=False):
-            check_identity(gradient, exact, identity, f"{case.name}, gradient of {provider.name}")
+            check_identity(gradient, exact, "float32_gradient", f"{case.name}, gradient of {provider.name}")
         pairs = zip(gradients, exact_gradients, strict=False)
         worst = max(float((gradient.double() - exact).norm() / exact.norm()) for gradient, exact in pairs)
         errors[provider.name] = {
