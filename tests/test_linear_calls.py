@@ -173,7 +173,7 @@ def test_inputs_stay_as_they_are_A09(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(problem), strict=True))
 
 
-def test_checkpoint_A14(backend):
+def test_checkpointed_head_A14(backend):
     problem = make_problem(seed=8)
     plain = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
     loss = torch.utils.checkpoint.checkpoint(
@@ -249,7 +249,7 @@ compiler = pytest.mark.filterwarnings(
 
 @compiler
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)])
-def test_opcheck_C01(backend, needs):
+def test_opcheck_of_heads_C01(backend, needs):
     problem = make_problem(6, 33, 4, ignored=2)
     hidden, weight, bias = (tensor.detach() for tensor in leaves(problem))
     spec = (*CarefConfig().row_spec(33), backend)
