@@ -88,7 +88,7 @@ def evaluate_split(logits: Tensor, labels: Tensor, cuts: list[int], backend: str
         gradients = []
         for weights in parts:
             out = local.clone()
-            grad_terms = torch.tensor([weights], dtype=stats.dtype).expand(len(labels), -1)
+            grad_terms = stats.new_tensor([weights]).expand(len(labels), -1)
             with _ONE_AT_A_TIME:
                 rows.backward(grad_terms, out, labels, stats, out)
             gradients.append(out)

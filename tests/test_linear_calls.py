@@ -223,9 +223,10 @@ def test_function_transforms_are_refused_A19(backend):
 def test_autocast_D05(backend, dtype):
     """The products in 16 bits; the gradient of the float32 weight is never rounded to them."""
     problem = make_problem(seed=11)
-    with torch.autocast("cpu", dtype):
+    device = problem.hidden.device.type
+    with torch.autocast(device, dtype):
         loss = linear_caref_loss(*problem, chunk_rows=8, backend=backend)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             full = linear_caref_loss(*problem, backend=backend)
     loss.backward()
     low = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves(problem)]
@@ -237,7 +238,7 @@ def test_autocast_D05(backend, dtype):
         assert leaf.grad.dtype == torch.float32
         check_identity(leaf.grad, expected, identity)
     assert not torch.equal(problem.weight.grad, problem.weight.grad.to(dtype).float())
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         wide = doubled(problem)
         assert linear_caref_loss(*wide, backend=backend).dtype == torch.float64
 
