@@ -72,16 +72,16 @@ def load(path: Path) -> dict | None:
     return results
 
 
-def splice(text: str, block: str) -> str:
+def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with what stands between the markers replaced by ``block``.
 
     Raises:
         ValueError: a marker is missing, doubled, or they are in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and {END}, once each and in this order")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must hold {begin} and {end}, once each and in this order")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
 def readme_block(results: dict | None, current_hash: str) -> str:
