@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..harness import Example
-from ..harness.encoding import BECAUSE, EXPLANATION, LABEL, Encoded, Encoder, check_tokens
+from ..harness import BECAUSE, EXPLANATION, LABEL, Encoded, Encoder, Example, check_tokens
 
 __all__ = [
     "BECAUSE",
