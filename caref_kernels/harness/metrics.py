@@ -31,7 +31,7 @@ def score_answers(answers: Sequence[str], examples: Sequence[Example], scorer: S
     """
     if not examples or len(answers) != len(examples):
         raise ValueError(
-            f"answers must be as many as the examples and at least 1; got {len(answers)} and {len(examples)}"
+            f"answers must be one for each of at least 1 example; got {len(answers)} for {len(examples)}"
         )
     parsed = [parse_answer(answer.strip()) for answer in answers]
     gold = [_label(example.label_text) for example in examples]

@@ -52,7 +52,15 @@ def parameter_table(model: str) -> list[Count]:
         ValueError: the configuration is not one of a language model.
     """
     config = model_config(model)
-    return [count(config, variant) for variant in VARIANTS.values()]
+    # Adapters change a model for good; the others only choose what is trained.
+    shared = meta_model(config)
+    counts = []
+    for variant in VARIANTS.values():
+        if variant.is_adapter:
+            counts.append(count(config, variant))
+        else:
+            counts.append(Count(variant, *trainable_parameters(prepare(shared, variant, total_steps=1))))
+    return counts
 
 
 def count(config: dict[str, Any], variant: Variant) -> Count:

@@ -130,14 +130,18 @@ class _Generators:
 
 
 def _comve(draw: _Generators, train: Sequence[Example], dev: Sequence[Example], sizes: Sizes):
-    """Every training pair is three rows, one for each reason; a label's rows are drawn from all of them."""
-    rows = [Shot(example, reason) for example in train for reason in range(len(example.explanations))]
-    shots, chosen = [], []
-    for pool, count, taken in ((rows, sizes.train, shots), (dev, sizes.dev, chosen)):
-        for label in range(2):
-            part = [row for row in pool if (row.example if isinstance(row, Shot) else row).label == label]
-            _require(part, count // 2, f"comve with label {label}")
-            taken += [part[i] for i in draw.pandas_sample(len(part), count // 2)]
+    """Every training pair is a row for each of its three reasons; a label's rows are drawn from all of them."""
+    shots: list[Shot] = []
+    for label in range(2):
+        part = [example for example in train if example.label == label]
+        _require(part, sizes.train // 2, f"comve with label {label}")
+        rows = draw.pandas_sample(3 * len(part), sizes.train // 2)
+        shots += [Shot(part[row // 3], row % 3) for row in rows]
+    chosen: list[Example] = []
+    for label in range(2):
+        part = [example for example in dev if example.label == label]
+        _require(part, sizes.dev // 2, f"comve with label {label}")
+        chosen += [part[row] for row in draw.pandas_sample(len(part), sizes.dev // 2)]
     return shots, chosen
 
 

