@@ -22,10 +22,8 @@ from caref_kernels.harness.summary import CURVE  # noqa: E402
 from caref_kernels.harness.variants import VARIANTS  # noqa: E402
 from caref_kernels.testing import check_identity  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-]
+# transformers warns about an attribute that PEFT reads.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def same(one: float, other: float) -> None:

@@ -24,7 +24,9 @@ class ConsoleWatch(Watch):
     def __init__(self, jobs: int) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         console = Console(stderr=True)
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        # In a log file bars would be noise: there every job is a line.
+        off = not console.is_terminal
+        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=off)
         self._jobs = self._progress.add_task("runs", total=jobs)
         self._steps = self._progress.add_task("loading", total=None)
         self._handlers: dict[int, object] = {}
@@ -43,10 +45,12 @@ class ConsoleWatch(Watch):
 
     def note(self, text: str) -> None:
         """A line above the bars, printed as it is."""
-        self._progress.console.print(Text(text))
+        self._progress.console.print(Text(text), soft_wrap=True)
 
     def job(self, job: Job, steps: int) -> None:
         """The step bar starts anew."""
+        if self._progress.disable:
+            self.note(job.name)
         self._progress.reset(self._steps, total=steps or None, description=job.name)
 
     def step(self) -> None:

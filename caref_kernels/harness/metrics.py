@@ -30,9 +30,7 @@ def score_answers(answers: Sequence[str], examples: Sequence[Example], scorer: S
         ValueError: there is no example, or not one answer for each.
     """
     if not examples or len(answers) != len(examples):
-        raise ValueError(
-            f"answers must be one for each of at least 1 example; got {len(answers)} for {len(examples)}"
-        )
+        raise ValueError(f"answers must be one for each of at least 1 example; got {len(answers)} for {len(examples)}")
     parsed = [parse_answer(answer.strip()) for answer in answers]
     gold = [_label(example.label_text) for example in examples]
     right = [_label(one.label) == label for one, label in zip(parsed, gold, strict=True)]

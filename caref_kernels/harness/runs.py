@@ -105,6 +105,8 @@ def run_jobs(
 def _take(job: Job, bench: Workbench, tally: Tally, retry_failed: bool) -> None:
     failure = bench.results.path("failed", f"{job.name}.json")
     if job.name in bench.results.finished():
+        # A crash between the row and the clearing leaves checkpoints behind.
+        shutil.rmtree(bench.results.path("work", job.name), ignore_errors=True)
         tally.found.append(job)
         return
     if failure.is_file() and not retry_failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -117,7 +118,13 @@ class Settings:
         CarefConfig(alpha=self.alpha, beta=self.beta, lambda_sced=self.lambda_sced, lambda_kl=self.lambda_kl)
 
     def jobs(self, alphas: tuple[float, ...] = (), betas: tuple[float, ...] = ()) -> list[Job]:
-        """Every run, ordered so that the first splits of all variants come first; alpha and beta default to mine."""
+        """Every run, ordered so that the first splits of all variants come first; alpha and beta default to mine.
+
+        Raises:
+            ValueError: an exponent is out of its range.
+        """
+        for alpha, beta in itertools.product(alphas or (self.alpha,), betas or (self.beta,)):
+            CarefConfig(alpha=alpha, beta=beta)
         return [
             Job(dataset, variant, SEEDS[index], float(alpha), float(beta))
             for index in range(*self.splits)
