@@ -190,7 +190,7 @@ class Workbench:
         settings = self.settings
         if job.dataset not in self._data:
             skipped: list[str] = []
-            if settings.data == "hub":
+            if job.dataset in settings.hub:
                 from .hub import load_hub as read
             else:
                 read = _local(settings, skipped.append)

