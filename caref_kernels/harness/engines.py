@@ -50,7 +50,8 @@ def run_on_ray(settings: Settings, jobs: Sequence[Job], folder: Path, workers: i
     except ImportError:
         raise ModuleNotFoundError("ray is not installed; run: pip install 'caref_kernels[ray]'") from None
 
-    ray.init(address="auto" if ray.is_initialized() else None, ignore_reinit_error=True)
+    if not ray.is_initialized():
+        ray.init()  # joins the cluster that RAY_ADDRESS names, or starts one on this machine
     task = ray.remote(num_gpus=gpus, max_retries=3)(_run_shard)
     shards = [Shard(index, workers).of(jobs) for index in range(workers)]
     return ray.get([task.remote(settings, shard, str(folder)) for shard in shards])
