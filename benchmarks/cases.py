@@ -11,6 +11,8 @@ from caref_kernels.testing import make_case
 
 # Real rows have a standard deviation of 3.2.
 REGIME = "normal_3"
+# Drawing them takes the host a second for every 10 million columns.
+DRAWN_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,14 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name}: {self.rows} x {self.vocab}, {dtype}, {self.logits_bytes / 2**20:.0f} MiB"
 
-    def tensors(self) -> Tensors:
-        """Seeded logits and labels."""
-        return make_case(REGIME, self.rows, self.vocab, self.dtype)
+    def tensors(self, device: torch.device | str = "cpu") -> Tensors:
+        """Seeded logits and labels; on a GPU only the first rows are drawn, and repeated."""
+        if torch.device(device).type == "cpu":
+            return make_case(REGIME, self.rows, self.vocab, self.dtype)
+        few = make_case(REGIME, min(self.rows, DRAWN_ROWS), self.vocab, self.dtype)
+        repeats = -(-self.rows // DRAWN_ROWS)
+        logits = few.logits.to(device).repeat(repeats, 1)[: self.rows].contiguous()
+        return Tensors(logits, few.labels.to(device).repeat(repeats)[: self.rows].contiguous())
 
 
 CASES = (
@@ -48,15 +55,27 @@ CASES = (
     Case("llama-3-bf16", 64, 128_256, torch.bfloat16),
 )
 
+# On a GPU.  Limits and goals are stated for llama-3; few-rows is the last micro-batch of a long generation.
+GPU_CASES = (
+    Case("llama-3", 4096, 128_256, torch.bfloat16, must_hold=True),
+    Case("flan-t5", 1024, 32_128, torch.bfloat16),
+    Case("smollm2", 4096, 49_152, torch.bfloat16),
+    Case("qwen", 4096, 151_936, torch.bfloat16),
+    Case("gemma", 4096, 262_144, torch.bfloat16),
+    Case("few-rows", 8, 262_144, torch.bfloat16),
+    Case("llama-3-fp32", 4096, 128_256),
+    Case("flan-t5-fp32", 1024, 32_128),
+)
 
-def by_name(names: list[str]) -> tuple[Case, ...]:
-    """The cases called ``names``, all of them for an empty list.
+
+def by_name(names: list[str], cases: tuple[Case, ...] = CASES) -> tuple[Case, ...]:
+    """Those of ``cases`` that are called ``names``, all of them for an empty list.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
-    known = {case.name: case for case in CASES}
+    known = {case.name: case for case in cases}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"cases must be among {', '.join(known)}; got {', '.join(unknown)}")
-    return tuple(known[name] for name in names) or CASES
+    return tuple(known[name] for name in names) or cases

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -16,15 +18,19 @@ from caref_kernels import backends
 ROOT = Path(__file__).resolve().parent.parent
 
 # What decides the figures: the kernels with their build flags, and the Python between a caller and them.
-KERNEL_SOURCES = ("setup.py", "csrc/**/*", "caref_kernels/*.py", "caref_kernels/backends/**/*.py")
+_EVERYWHERE = ("setup.py", "csrc/*", "caref_kernels/*.py", "caref_kernels/backends/*.py")
+KERNEL_SOURCES = {
+    "cpu": (*_EVERYWHERE, "csrc/cpu/**/*"),
+    "gpu": (*_EVERYWHERE, "csrc/cuda/**/*", "caref_kernels/backends/triton/**/*.py"),
+}
 # Files that a benchmark run itself rewrites: they do not make the tree dirty.
 RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """sha256 over the names and contents of the kernel sources, in hexadecimal."""
+def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
+    """sha256 over the names and contents of the sources of one kind of kernels, in hexadecimal."""
     digest = hashlib.sha256()
-    files = {path for pattern in KERNEL_SOURCES for path in root.glob(pattern) if path.is_file()}
+    files = {path for pattern in KERNEL_SOURCES[kind] for path in root.glob(pattern) if path.is_file()}
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
@@ -46,15 +52,60 @@ def provenance() -> dict[str, str | int | bool]:
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_backend": missing or fused.describe(),
+        **_versions(),
+        "source_sha256": source_hash(),
+    }
+
+
+def gpu_provenance(device: torch.device) -> dict[str, str | int | bool]:
+    """The same for a run on ``device``; ``CAREF_KERNELS_COMMIT`` names the commit of a tree without its git folder.
+
+    Raises:
+        ValueError: neither a git checkout nor that variable.
+    """
+    made: dict[str, str | int | bool] = {"machine": cpu_model(Path("/proc/cpuinfo"))}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        made = {
+            "machine": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda or "none",
+        }
+    installed = importlib.util.find_spec("triton") is not None
+    triton = importlib.metadata.version("triton") if installed else "not installed"
+    return {**made, "triton": triton, **_versions(), "source_sha256": source_hash(kind="gpu")}
+
+
+def _versions() -> dict[str, str | bool]:
+    return {
         "os": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "caref_kernels": caref_kernels.__version__,
+        **_commit(),
+    }
+
+
+def _commit() -> dict[str, str | bool]:
+    named = os.environ.get("CAREF_KERNELS_COMMIT")
+    if named:
+        return {"commit": named, "dirty": False}
+    return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", *RESULTS)),
-        "source_sha256": source_hash(),
     }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def cpu_model(cpuinfo: Path) -> str:

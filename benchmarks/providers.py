@@ -83,6 +83,13 @@ PROVIDERS = (
     Provider("cpu", 'backend="cpu"', _caref("cpu"), backend="cpu"),
     Provider("cpu-inplace", 'backend="cpu", inplace_backward=True', _caref("cpu", inplace=True), backend="cpu"),
 )
+GPU_PROVIDERS = (
+    *(provider for provider in PROVIDERS if provider.backend is None),
+    Provider("triton", 'backend="triton"', _caref("triton"), backend="triton"),
+    Provider(
+        "triton-inplace", 'backend="triton", inplace_backward=True', _caref("triton", inplace=True), backend="triton"
+    ),
+)
 
 
 def differentiate(provider: Provider, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,9 @@ class Sample(NamedTuple):
 class Workspace:
     """The tensors of one case, shared by its contestants; what a repetition overwrites is refreshed before the next."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
         self.case = case
-        self.values, self.labels = case.tensors()
+        self.values, self.labels = case.tensors(device)
         self._buffer = self.values.clone().requires_grad_()
         self._copy = torch.empty_like(self.values)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Iterable
 
+import cuda_device
 import pytest
 import torch
 import triton_interpreter
@@ -51,32 +53,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture(params=backends.ORDER)
-def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that runs here."""
-    return _runnable(request.param, request.config)
+def _backend_fixture(name: str, names: Iterable[str], meaning: str):
+    @pytest.fixture(params=tuple(names), name=name)
+    def fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        chosen = _runnable(request.param, request.config)
+        if cuda_device.device_of(chosen) == "cuda":
+            cuda_device.move_tensors_of(request.module, "cuda", monkeypatch)
+        return chosen
+
+    fixture.__doc__ = meaning
+    return fixture
 
 
-@pytest.fixture(params=[name for name in backends.ORDER if name != "reference"])
-def fused_backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that runs here and is not the reference."""
-    return _runnable(request.param, request.config)
+backend = _backend_fixture("backend", backends.ORDER, "The name of each backend that runs here.")
+fused_backend = _backend_fixture(
+    "fused_backend",
+    (name for name in backends.ORDER if name != "reference"),
+    "The name of each backend that runs here and is not the reference.",
+)
+raising_backend = _backend_fixture(
+    "raising_backend",
+    (name for name in backends.ORDER if name not in backends.DEVICE_CHECKED),
+    "The name of each backend that runs here and raises for a label that is no column.",
+)
+silent_backend = _backend_fixture(
+    "silent_backend",
+    backends.DEVICE_CHECKED,
+    "The name of each backend that runs here and makes the row of such a label NaN, because it cannot raise.",
+)
 
 
-@pytest.fixture(params=[name for name in backends.ORDER if name not in backends.DEVICE_CHECKED])
-def raising_backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that runs here and raises for a label that is no column."""
-    return _runnable(request.param, request.config)
-
-
-@pytest.fixture(params=backends.DEVICE_CHECKED)
-def silent_backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that runs here and makes the row of such a label NaN, because it cannot raise."""
-    return _runnable(request.param, request.config)
+@pytest.fixture
+def cuda() -> torch.device:
+    """The current CUDA device."""
+    reason = cuda_device.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _runnable(name: str, config: pytest.Config) -> str:
-    reason = backends.get(name).unsupported(torch.empty(1, 2))
+    device = cuda_device.device_of(name)
+    reason = cuda_device.missing() if device == "cuda" else None
+    reason = reason or backends.get(name).unsupported(torch.empty(1, 2, device=device))
     if reason is None:
         return name
     if name in _required(config):

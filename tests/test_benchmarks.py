@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, provenance, report, sampling
+from benchmarks import measure, measure_gpu, provenance, report, sampling
 from benchmarks.cases import CASES, Case, by_name
-from benchmarks.providers import PROVIDERS, Provider, eager_loss, expectation, verify
+from benchmarks.providers import GPU_PROVIDERS, PROVIDERS, Provider, eager_loss, expectation, verify
 from caref_kernels import backends
 
 SMALL = Case("small", 8, 300)
@@ -55,7 +55,7 @@ def test_verification_rejects_a_wrong_loss_and_a_wrong_gradient(verified_inputs,
             verify(mutant, *verified_inputs)
 
 
-@pytest.mark.parametrize("name", BY_NAME.keys() - {"compiled"})
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "compiled"])
 def test_every_repetition_starts_from_the_same_logits(name: str) -> None:
     provider = _runnable(name)
     workspace = sampling.Workspace(SMALL)
@@ -148,6 +148,7 @@ def test_the_source_hash_follows_kernels_and_build_but_not_documents(tmp_path: P
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     hashes = [provenance.source_hash(tmp_path)]
+    gpu = provenance.source_hash(tmp_path, "gpu")
     for name in ("setup.py", "csrc/cpu/forward.cpp", "caref_kernels/ops.py", "caref_kernels/backends/cpu.py"):
         (tmp_path / name).write_text(f"{name} changed")
         hashes.append(provenance.source_hash(tmp_path))
@@ -155,7 +156,49 @@ def test_the_source_hash_follows_kernels_and_build_but_not_documents(tmp_path: P
     hashes.append(provenance.source_hash(tmp_path))
     assert len(set(hashes)) == len(hashes)
     (tmp_path / "README.md").write_text("changed")
+    for name in ("csrc/cuda/forward.cu", "caref_kernels/backends/triton/forward.py"):
+        changed = provenance.source_hash(tmp_path, "gpu")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+        assert provenance.source_hash(tmp_path, "gpu") not in (changed, gpu)
+    # each kind of kernel has results of its own
     assert provenance.source_hash(tmp_path) == hashes[-1]
+
+
+def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Everything but the device: which providers are absent and why, rows, units, the file."""
+    monkeypatch.setattr(measure_gpu, "GPU_PROVIDERS", tuple(one for one in GPU_PROVIDERS if one.name != "compiled"))
+    output = tmp_path / "gpu.json"
+    measure_gpu.main(
+        ["--device", "cpu", "--rows", "2", "--cases", "flan-t5", "--seconds", "0", "--output", str(output)]
+    )
+    results = json.loads(output.read_text())
+    rows = [measure_gpu.GpuRow(**row) for row in results["rows"]]
+    phases = {(row.provider, row.phase) for row in rows}
+    assert phases == {("copy", "both")} | {
+        (name, phase) for name in ("cross-entropy", "eager") for phase in measure_gpu.PHASES
+    }
+    assert {"triton", "triton-inplace"} == set(results["absent"]["flan-t5"])
+    by_phase = {(row.provider, row.phase): row for row in rows}
+    assert by_phase["copy", "both"].percent_of_copy == 100
+    both = by_phase["eager", "both"]
+    assert both.gigabytes_per_second == pytest.approx(3 * 2 * 32_128 * 2 / both.p50_ms / 1e6, rel=1e-2)
+    assert "eager" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit, match="no CUDA device; nothing was measured"):
+        measure_gpu.main([])
+
+
+def test_gpu_cases_repeat_drawn_rows() -> None:
+    """On a device the drawn rows are repeated; meta stands for it."""
+    logits, labels = Case("wide", 130, 40).tensors("meta")
+    assert logits.shape == (130, 40)
+    assert labels.shape == (130,)
+    assert logits.device.type == labels.device.type == "meta"
 
 
 def test_the_processor_is_named_from_its_first_entry(tmp_path: Path) -> None:

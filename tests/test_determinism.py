@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cuda_device import device_of
 
 from caref_kernels import caref_loss
 from caref_kernels.testing import evaluate, make_case
@@ -67,8 +68,9 @@ def test_process_to_process(fused_backend):
 import sys, torch
 from caref_kernels.testing import evaluate, make_case
 torch.set_num_threads(int(sys.argv[1]))
-terms, gradients, _ = evaluate(*make_case("lm_like", 9, 1025, seed=4), backend={fused_backend!r})
-bits = [tensor.flatten().view(torch.int32) for tensor in (*terms, *gradients.values())]
+case = [part.to({device_of(fused_backend)!r}) for part in make_case("lm_like", 9, 1025, seed=4)]
+terms, gradients, _ = evaluate(*case, backend={fused_backend!r})
+bits = [tensor.cpu().flatten().view(torch.int32) for tensor in (*terms, *gradients.values())]
 weights = torch.arange(1, sum(map(len, bits)) + 1)
 sys.stdout.write(str(int((torch.cat(bits).long() * weights).sum())))
 """

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cuda_device import device_of
 from torch.nn import functional
 
 from caref_kernels import caref_loss, fused_sced
@@ -147,6 +148,7 @@ def test_canaries_of_bad_labels_on_a_device_L03_X10_X15(silent_backend, label, c
 HOSTILE = """
 import math, sys, torch, caref_kernels
 spec = (2.0, 1.0, 64, -100, True, sys.argv[1])
+torch.set_default_device(sys.argv[2])
 for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
     buffer = torch.full((3 * 64 + 8192,), -12345.0)
     logits = buffer[4096:-4096].view(3, 64).normal_()
@@ -160,7 +162,7 @@ for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
 
 def test_hostile_statistics_stay_inside_X11(fused_backend):
     """The saved arg-max is data too; in a process of its own, because a wild write would take pytest along."""
-    command = [sys.executable, "-c", HOSTILE, fused_backend]
+    command = [sys.executable, "-c", HOSTILE, fused_backend, device_of(fused_backend)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, (run.returncode, run.stderr)
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import triton_interpreter
+from cuda_device import device_of, missing
 
 from caref_kernels import backends, caref_loss
 from caref_kernels.backends import triton as package
@@ -22,9 +23,9 @@ STORAGES = {
     torch.float32: tiling.Storage(4, True, False),
     torch.float64: tiling.Storage(8, True, False),
 }
-DEVICE = "cpu" if triton_interpreter.ACTIVE else "cuda"
+DEVICE = device_of("triton")
 needs_kernels = pytest.mark.skipif(
-    not triton_interpreter.ACTIVE and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
+    not triton_interpreter.ACTIVE and missing() is not None, reason=f"without TRITON_INTERPRET=1, and {missing()}"
 )
 
 
@@ -103,8 +104,7 @@ def test_shared_rows_triton(dtype, alpha, beta):
 
 @needs_kernels
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("place", [0, 17_000, 39_999])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("place", "value"), [(0, math.nan), (17_000, math.inf), (39_999, math.nan)])
 def test_poison_in_one_split_triton(place, value):
     """NaN arrives through the sums of its split, in the terms and in the whole gradient of its row alone."""
     logits = make_case("normal_1", 2, 40_000, seed=2).logits.to(DEVICE)

@@ -1,0 +1,151 @@
+"""What only a CUDA device can show: no waiting, graphs, streams, memory; and how the suite gets its tensors there."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import cuda_device
+import pytest
+import torch
+
+from caref_kernels import backends, caref_loss
+from caref_kernels.testing import evaluate, make_case
+
+
+@pytest.fixture(params=cuda_device.ON_CUDA)
+def on_cuda(request, cuda):
+    """The name of each backend that runs on the CUDA device."""
+    reason = backends.get(request.param).unsupported(torch.empty(1, 2, device=cuda))
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    return request.param
+
+
+def _case(cuda, rows=64, columns=32_128, dtype=torch.bfloat16, seed=0):
+    case = make_case("lm_like", rows, columns, dtype, seed=seed, ignored=3)
+    return case.logits.to(cuda), case.labels.to(cuda)
+
+
+def _step(logits, labels, backend, **options):
+    leaf = logits.requires_grad_()
+    out = caref_loss(leaf, labels, backend=backend, return_terms=True, **options)
+    return (*(term.detach() for term in out), torch.autograd.grad(out.loss, leaf)[0])
+
+
+@pytest.fixture
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_nothing_waits_for_the_device(on_cuda, cuda, reduction, request):
+    logits, labels = _case(cuda)
+    items = torch.tensor(61.0, device=cuda)
+    expected = _step(logits, labels, on_cuda, reduction=reduction)
+    request.getfixturevalue("waiting_is_an_error")
+    actual = _step(logits, labels, on_cuda, reduction=reduction)
+    if reduction == "mean":
+        _step(logits, labels, on_cuda, num_items=items)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_cuda_graph_replays_on_new_logits(on_cuda, cuda):
+    logits, labels = _case(cuda)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _step(logits, labels, on_cuda)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(logits, labels, on_cuda)
+    other_logits, other_labels = _case(cuda, seed=1)
+    with torch.no_grad():
+        logits.copy_(other_logits)
+        labels.copy_(other_labels)
+    graph.replay()
+    for a, b in zip(captured, _step(other_logits, other_labels, on_cuda), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_runs_on_the_current_stream(on_cuda, cuda):
+    """Behind a long copy on a stream of its own: a kernel on another stream would read zeros."""
+    values, labels = _case(cuda)
+    expected = _step(values.clone(), labels, on_cuda)
+    logits = torch.zeros_like(values)
+    block = torch.randn(4096, 4096, device=cuda)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            block = (block @ block).clamp(-1, 1)
+        logits.copy_(values)
+        actual = _step(logits, labels, on_cuda)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_device_of_the_logits(on_cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    logits, labels = _case(torch.device("cuda", 1))
+    with torch.cuda.device(0):
+        actual = _step(logits, labels, on_cuda)
+        assert torch.cuda.current_device() == 0
+    first = _step(logits.to("cuda:0").detach(), labels.to("cuda:0"), on_cuda)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(actual, first, strict=True))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_memory_is_the_gradient_or_nothing(on_cuda, cuda, inplace):
+    logits, labels = _case(cuda, rows=256)
+    leaf = logits.requires_grad_()
+    view = leaf.view_as(leaf)
+    for _ in range(2):  # the first call compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = caref_loss(view, labels, backend=on_cuda, inplace_backward=inplace)
+        gradient = torch.autograd.grad(loss, view)[0]
+        extra = torch.cuda.max_memory_allocated() - before
+        del gradient, loss
+        view = leaf.detach().requires_grad_().view_as(leaf)
+    assert extra <= 2**20 + (0 if inplace else logits.nbytes)
+
+
+def test_two_launches_at_the_papers_head(on_cuda, cuda):
+    logits, labels = _case(cuda, rows=1024)
+    spec = (2.0, 1.0, 32_128, -100, True, on_cuda)
+    operators = torch.ops.caref_kernels
+
+    def both():
+        terms, stats = operators.forward(logits, labels, *spec)
+        return operators.backward(terms, logits, labels, stats, *spec)
+
+    both()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        both()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in kernels if not name.startswith(("Mem", "mem", "Activity"))]) == 2, kernels
+
+
+def test_what_a_test_makes_is_moved(monkeypatch):
+    """Shown on the meta device: values apart, it is as far from the CPU as a GPU is."""
+    module = types.ModuleType("a_test")
+    module.torch, module.make_case = torch, make_case
+    cuda_device.move_tensors_of(module, "meta", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    assert module.torch.randn(2, 3, generator=generator).device.type == "meta"
+    assert module.torch.zeros(2, requires_grad=True).requires_grad
+    assert module.torch.tensor([1, 2], device="cpu").device.type == "cpu"
+    assert {part.device.type for part in module.make_case("lm_like", 2, 5)} == {"meta"}
+    assert torch.zeros(1).device.type == "cpu"
+    assert sys.modules["torch"] is torch
+    with pytest.raises(ValueError, match="labels: on cpu, but logits are on meta"):
+        # what is made elsewhere stays where it is
+        evaluate(module.torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), backend="reference")
