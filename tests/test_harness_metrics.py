@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from caref_kernels.harness.report import Study
 from caref_kernels.harness.results import Reading
 from caref_kernels.harness.summary import cell, difference, pairs, sign_flip
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"
 PAIR = Example("p", ("A", "B"), ("choice1", "choice2"), 1, "choice2", ("cars are big", "cars have wheels"), "dev")
 
 
@@ -243,3 +245,15 @@ def test_the_papers_figures_are_the_published_ones() -> None:
     assert (aq.value("accuracy", "cos_e"), aq.value("nbert", "esnli"), aq.value("nbert", None)) == (84.59, 81.97, 81.0)
     assert paper.TABLE["LoRA r=4"].value("accuracy", "cos_e") is None
     assert aq.value("ece", None) is None
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published figures are not beside the project")
+def test_every_figure_of_the_paper() -> None:
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]
+    assert {row["model"] for row in published} == set(paper.TABLE)
+    for row in published:
+        ours = paper.TABLE[row["model"]]
+        assert ours.percent == row["param_pct"]
+        for metric in ("accuracy", "nbert"):
+            assert list(getattr(ours, metric)) == (row[metric] or [])
+            assert ours.value(metric, None) == row[f"{metric}_avg"]

@@ -16,7 +16,7 @@ import tiny_llama  # noqa: E402
 import torch  # noqa: E402
 from tiny_experiments import EXAMPLES, KINDS, Listener, lasting, run, save_model, tiny_settings  # noqa: E402
 
-from caref_kernels.harness import runs, training  # noqa: E402
+from caref_kernels.harness import DATASETS, runs, training  # noqa: E402
 from caref_kernels.harness.results import Results  # noqa: E402
 from caref_kernels.harness.summary import CURVE  # noqa: E402
 from caref_kernels.harness.variants import VARIANTS  # noqa: E402
@@ -58,6 +58,15 @@ def test_every_kind_of_model_runs_every_kind_of_variant(kind: str, model, tmp_pa
     assert not any((tmp_path / "work").iterdir())
     answers = (tmp_path / "answers" / f"{row['run']}.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(answers) == row["dev_size"] == 6
+
+
+def test_every_dataset_runs_from_the_files_in_the_package(model, tmp_path: Path) -> None:
+    settings = tiny_settings(model["llama"], datasets=tuple(DATASETS), train_size=6, max_steps=4)
+    tally, rows = run(settings, tmp_path)
+    assert (len(tally.finished), tally.failed) == (4, [])
+    for row in rows.values():
+        assert (row["train_size"], row["dev_size"], row["cut"] >= 0) == (6, 6, True)
+        assert math.isfinite(row["metrics"]["nll"])
 
 
 def test_the_logged_terms_are_the_objective(model, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 COS-E (with the CommonsenseQA files it refers to), ECQA, ComVE and e-SNLI.  No download and no dataset script: plain
 JSONL and CSV through :mod:`.reading`, whose errors name file, line and field.
 
-The package carries 48 + 24 examples in ComVE's format under ``examples/comve``, written for this project.
+The package carries examples in all four formats under ``examples``, written for this project: 48 + 24 in ComVE's, 9 + 6
+in each of the others.
 """
 
 from __future__ import annotations
