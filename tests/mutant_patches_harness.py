@@ -232,8 +232,8 @@ HARNESS = [
         TRAINING,
         "rows = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._causal else labels",
         "rows = torch.zeros_like(labels)",
-        ("harness_runs",),
-        "every_kind",
+        ("harness_evaluation",),
+        "support",
     ),
     Mutant(
         "objective-always-caref",
@@ -292,9 +292,9 @@ HARNESS = [
     Mutant(
         "finished-again",
         "finished runs are run again",
-        RUNS,
-        "    if job.name in bench.results.finished():\n        # A crash",
-        "    if False:\n        # A crash",
+        RESULTS,
+        'return {row["run"] for row in self.read().rows}',
+        "return set()",
         ("harness_runs",),
         "second_run",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,32 @@ def test_answers_do_not_depend_on_the_batch(evaluator: Evaluator) -> None:
 
 def test_support_is_the_ceiling_of_the_perplexity() -> None:
     assert support(torch.tensor([0.0, 0.5, 5.0], dtype=torch.float64)).tolist() == [1.0, 2.0, 149.0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_logged_support_is_of_the_target_rows(causal: bool) -> None:
+    """Two target rows, of one token and of four equal ones; the rows of the prompt and of the padding are not asked."""
+    pytest.importorskip("peft")
+    from caref_kernels.harness.training import SupportCallback
+
+    trainer = SimpleNamespace(
+        compute_loss_func=lambda outputs, labels, items: torch.tensor(7.0),
+        state=SimpleNamespace(global_step=3, log_history=[{"loss": 1.0}]),
+        args=SimpleNamespace(logging_steps=2),
+    )
+    callback = SupportCallback(trainer, causal)
+    peak, even, flat = torch.tensor([50.0, 0, 0, 0, 0]), torch.tensor([0.0, 0, 0, 0, -50]), torch.zeros(5)
+    rows, labels = [flat, peak, even, flat], [-100, -100, 1, 2] if causal else [-100, 1, 2, -100]
+    assert trainer.compute_loss_func({"logits": torch.stack(rows)[None]}, torch.tensor([labels]), 2) == 7.0
+    logs = {"loss": 1.0}
+    callback.on_log(trainer.args, trainer.state, None, logs)
+    assert logs["k_t"] == trainer.state.log_history[-1]["k_t"]
+    # ceil(exp(0)) and ceil(exp(log 4)), which rounding may put just above 4.
+    assert logs["k_t"] in (2.5, 3.0, 3.5)
+    trainer.state.global_step = 4
+    assert trainer.compute_loss_func({"logits": torch.zeros(1, 4, 5)}, torch.tensor([labels]), 2) == 7.0
+    callback.on_log(trainer.args, trainer.state, None, logs := {"loss": 1.0})
+    assert logs["k_t"] in (2.5, 3.0, 3.5)
 
 
 def test_importing_the_harness_needs_no_extra() -> None:
