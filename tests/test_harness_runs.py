@@ -266,8 +266,9 @@ def test_missing_things_are_named_H17(model, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"model 'no/model' is not on this machine .*run: hf download no/model"):
         run(tiny_settings(Path("no/model")), tmp_path / "a")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="esnli: no such file"):
-        run(tiny_settings(model["llama"], datasets=("esnli",)), tmp_path / "b")
+        run(tiny_settings(model["llama"], data=str(tmp_path / "empty"), datasets=("esnli",)), tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="no such folder: "):
         run(tiny_settings(model["llama"], data=str(tmp_path / "none")), tmp_path / "c")
 
