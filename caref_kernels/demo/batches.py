@@ -8,21 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..harness import Example, source_text, target_text
+from ..harness import BECAUSE, EXPLANATION, LABEL, Encoded, Encoder, Example, check_tokens
 
-# What part of the target a row predicts.
-LABEL, BECAUSE, EXPLANATION = range(3)
-PROMPT_END = "\nanswer:"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example as tokens: a prompt, then `` label because explanation`` and the end token."""
-
-    example: Example
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-    parts: tuple[int, ...]  # LABEL, BECAUSE or EXPLANATION for every token of the target
+__all__ = [
+    "BECAUSE",
+    "EXPLANATION",
+    "LABEL",
+    "Batch",
+    "Encoded",
+    "check_tokens",
+    "collate",
+    "encode",
+    "left_padded_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -41,44 +39,12 @@ class Batch:
 
 
 def encode(dataset: str, example: Example, tokenizer) -> Encoded:
-    """The tokens of ``example``.  Prompt and target are tokenised apart, so that no token spans the border.
+    """The tokens of ``example`` for a causal model.
 
     Raises:
         ValueError: the tokenizer has no end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token")
-    target = " " + target_text(dataset, example)
-    label_end = 1 + len(" ".join(example.label_text.split()))
-    because_end = label_end + len(" because")
-    encoding = tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in encoding["offset_mapping"]]
-    parts = [LABEL if start < label_end else BECAUSE if start < because_end else EXPLANATION for start in starts]
-    return Encoded(
-        example,
-        tuple(tokenizer(source_text(dataset, example) + PROMPT_END)["input_ids"]),
-        (*encoding["input_ids"], tokenizer.eos_token_id),
-        (*parts, EXPLANATION),
-    )
-
-
-def check_tokens(items: Sequence[Encoded], vocabulary: int, max_length: int) -> None:
-    """Return if a model of ``vocabulary`` embeddings and ``max_length`` positions can take every example.
-
-    Raises:
-        ValueError: otherwise, naming the example.
-    """
-    for item in items:
-        largest, length = max(item.prompt + item.target), len(item.prompt) + len(item.target)
-        if largest >= vocabulary:
-            raise ValueError(
-                f"example {item.example.uid}: token {largest} is not below the model's {vocabulary} embeddings; "
-                "the tokenizer belongs to another model"
-            )
-        if length > max_length:
-            raise ValueError(
-                f"example {item.example.uid}: at most {max_length} tokens fit into the model; got {length}"
-            )
+    return Encoder(dataset, tokenizer, causal=True)(example)
 
 
 def collate(items: Sequence[Encoded]) -> Batch:

@@ -1,0 +1,48 @@
+"""The README block of the committed real run: made from its rows alone, and up to date."""
+
+from __future__ import annotations
+
+import pytest
+
+for name in ("matplotlib", "filelock"):
+    pytest.importorskip(name)
+
+from benchmarks.harness import BEGIN, END, FOLDER, README, Study, block, splice  # noqa: E402
+from caref_kernels.harness.results import Reading, Results  # noqa: E402
+
+
+def rows(variant: str, figures: list[float]) -> list[dict]:
+    metrics = ("accuracy", "nbert", "choice_accuracy", "ece", "brier", "label_nll", "label_entropy", "unparsable")
+    origin = {"model": "tiny", "device": "CPU AVX2, 1 threads", "alpha": 2.0, "beta": 1.0, "dataset": "comve"}
+    return [
+        origin | {"variant": variant, "seed": seed, "metrics": dict.fromkeys(metrics, figure)}
+        for seed, figure in enumerate(figures)
+    ]
+
+
+def test_the_block_says_what_is_resolved_and_what_it_would_take() -> None:
+    caref, ce = [50.0, 51.0, 52.0, 53.0, 54.0, 55.0], [49.0, 49.5, 50.5, 52.0, 52.5, 54.0]
+    text = block(Study(Reading((*rows("CAREF-AQ", caref), *rows("CE-AQ", ce)))))
+    resolved, _, still_open = text.partition("**Not resolved**")
+    assert "comve accuracy, CAREF-AQ minus CE-AQ: +1.25 ± 0.11" in resolved
+    assert "nothing." in still_open
+    assert "cannot resolve" not in text
+    text = block(Study(Reading((*rows("CAREF-AQ", caref[:2]), *rows("CE-AQ", [49.0, 52.0])))))
+    resolved, _, still_open = text.partition("**Not resolved**")
+    assert "nothing." in resolved
+    assert "CAREF-AQ minus CE-AQ: +0.00 ± 1.00, not known" in still_open
+    assert "With 2 paired splits sign flips cannot resolve anything; it takes 6." in text
+    assert "is not in this checkout" in block(None)
+
+
+def test_splice_needs_one_pair_of_markers() -> None:
+    assert splice(f"a{BEGIN}old{END}b", "new") == f"a{BEGIN}\nnew\n{END}b"
+    for text in ("", BEGIN, f"{BEGIN}{END}{BEGIN}{END}"):
+        with pytest.raises(ValueError, match="exactly one pair of markers"):
+            splice(text, "new")
+
+
+def test_the_readme_is_what_the_rows_say() -> None:
+    text = README.read_text(encoding="utf-8")
+    study = Study(Results(FOLDER).read()) if FOLDER.is_dir() else None
+    assert splice(text, block(study)) == text
