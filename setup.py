@@ -1,10 +1,10 @@
 """Builds caref_kernels._C from csrc/ without torch: plain C++ and CUDA compiled by ninja, linked as a Python module.
 
 The CPU kernels are compiled once per instruction set; the module picks one at run time.  The CUDA kernels are built if
-nvcc is there (CUDA_HOME, the path, /usr/local/cuda), whether or not a GPU is: CAREF_CUDA=0 leaves them out, CAREF_CUDA=1
-insists.  TORCH_CUDA_ARCH_LIST chooses their architectures, in torch's grammar.  Without a C++ compiler the package
-installs as pure Python and runs its reference backend.  CAREF_SANITIZE=1 builds with AddressSanitizer and UBSan; CXX and
-MAX_JOBS are honoured.
+nvcc is there (CUDA_HOME, the path, /usr/local/cuda), whether or not a GPU is: CAREF_CUDA=0 leaves them out and
+CAREF_CUDA=1 insists.  TORCH_CUDA_ARCH_LIST chooses their architectures, in torch's grammar.  Without a C++ compiler the
+package installs as pure Python and runs its reference backend.  CAREF_SANITIZE=1 builds with AddressSanitizer and
+UBSan; CXX and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def architectures(nvcc: str) -> list[Architecture]:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {nvcc} does not know {', '.join(unknown)}")
     chosen = [one for one in asked if one.value >= LEAST_ARCHITECTURE]
     if not chosen:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later; CAREF_CUDA=0 leaves them out")
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later; CAREF_CUDA=0 leaves them out"
+        )
     if len(chosen) < len(asked):
         sys.stderr.write(f"caref_kernels: no CUDA kernels for the architectures before 8.0 of {wanted!r}\n")
     return chosen

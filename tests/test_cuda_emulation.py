@@ -49,7 +49,10 @@ def test_right_kernels_run(planted):
     ("name", "error"),
     [
         ("missing barrier", "reads byte 252 of shared memory, which nothing has written"),
-        ("reuse", "thread 32 of block 0: reads byte 0 of shared memory, which thread 0 has written since the last barrier"),
+        (
+            "reuse",
+            "thread 32 of block 0: reads byte 0 of shared memory, which thread 0 has written since the last barrier",
+        ),
         ("late reuse", "writes byte 0 of shared memory, which another thread has read since the last barrier"),
         ("half a barrier", "divergent barrier: thread 0 waits at __syncthreads at planted.cu:"),
         ("two barriers", "divergent barrier: thread 0 waits at __syncthreads at planted.cu:"),
@@ -63,11 +66,11 @@ def test_mistakes_are_named(planted, name, error):
     assert error in planted(name)
 
 
-# ------------------------------------------------------------------------------------------- planted in the product
+# ------------------------------------------------------------------------------- planted in the product
 
 
 class Planted(NamedTuple):
-    """A mistake in csrc/: the text, what replaces it, and the unit that is compiled again, of float32 unless it says more."""
+    """A mistake in csrc/: the text, what replaces it, and the unit to compile again, of float32 unless it says more."""
 
     file: str
     text: str
@@ -80,14 +83,19 @@ MISTAKES = {
         "cuda/reduce.cuh", "__syncthreads();  // the first warp reads what the others have written", "", "forward"
     ),
     "missing barrier before the two columns": Planted(
-        "cuda/backward.cu", "__syncthreads();  // the two columns are written after the general form of them", "", "backward"
+        "cuda/backward.cu",
+        "__syncthreads();  // the two columns are written after the general form of them",
+        "",
+        "backward",
     ),
-    "off-by-one tail": Planted("cuda/storage.cuh", "column < columns_ ? data_", "column <= columns_ ? data_", "forward"),
+    "off-by-one tail": Planted(
+        "cuda/storage.cuh", "column < columns_ ? data_", "column <= columns_ ? data_", "forward"
+    ),
     "tail written": Planted(
         "cuda/storage.cuh", "if (column < columns_) data_[column]", "if (column <= columns_) data_[column]", "backward"
     ),
     "unchecked label": Planted(
-        "cuda/slices.cuh", "(target.label < 0 || target.label >= columns)", "target.label < 0", "forward"
+        "cuda/slices.cuh", "(target.label < 0 || target.label >= columns)", "target.label < 0 && columns", "forward"
     ),
     "int32 offset": Planted(
         "row_layout.h",
@@ -96,11 +104,15 @@ MISTAKES = {
         "forward_BFloat16",
     ),
     "divergent barrier": Planted(
-        "cuda/reduce.cuh", "  __syncthreads();  // the first warp", "  if (warp == 0) __syncthreads();  // the first warp",
+        "cuda/reduce.cuh",
+        "  __syncthreads();  // the first warp",
+        "  if (warp == 0) __syncthreads();  // the first warp",
         "forward",
     ),
-    "shared row not filled": Planted("cuda/forward.cu", "row[index] = vector;", "if (index > 0) row[index] = vector;", "forward"),
-}  # fmt: skip
+    "shared row not filled": Planted(
+        "cuda/forward.cu", "row[index] = vector;", "if (index > 0) row[index] = vector;", "forward"
+    ),
+}
 
 
 def _backend(tmp_path: Path, name: str) -> cuda_emulated.EmulatedCudaBackend:
@@ -142,7 +154,10 @@ def _row_before(value: float, columns: int = 33):
     [
         ("missing barrier", r"CUDA: row_kernel: thread \d+ of block 0: reads byte \d+ of shared memory"),
         ("divergent barrier", r"CUDA: row_kernel: divergent barrier: thread 0 waits at __syncthreads at reduce.cuh:"),
-        ("shared row not filled", r"CUDA: row_kernel: thread 0 of block 0: reads byte \d+ of shared memory, which nothing"),
+        (
+            "shared row not filled",
+            r"CUDA: row_kernel: thread 0 of block 0: reads byte \d+ of shared memory, which nothing",
+        ),
     ],
 )
 def test_missing_and_divergent_barriers_and_unwritten_memory(tmp_path, name, error):
@@ -190,7 +205,7 @@ def test_unchecked_label_forms_an_address_L02_X10(tmp_path):
 
 
 def test_offset_in_32_bits_G01(tmp_path):
-    """Rows 2^32 elements apart, of which only the pages that are touched take memory: 32 bits give the first row again."""
+    """Rows 2^32 elements apart, in pages that take memory only when touched: 32 bits give the first row again."""
     rows = make_case("normal_3", 2, 50, torch.bfloat16).logits
     try:
         storage = torch.empty(2**32 + 50, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels: tensors to raw pointers and back, on the current stream.  The row formulas are in csrc/.
 
-They are built with the package if nvcc is there, for the architectures that ``explain()`` names, and need neither triton
-nor a compiler where they run.  A call waits for nothing, so CUDA graphs can capture it.
+They are built with the package if nvcc is there, for the architectures that ``explain()`` names, and need neither
+triton nor a compiler where they run.  A call waits for nothing, so CUDA graphs can capture it.
 """
 
 from __future__ import annotations
