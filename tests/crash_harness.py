@@ -65,8 +65,57 @@ def attempt(settings, folder: Path, diary: Path, fatal_sync: int | None) -> None
     os._exit(0)
 
 
+class Round:
+    """One experiment that is killed and resumed until the kills are used up or it is finished."""
+
+    def __init__(self, settings, folder: Path, kills: int, longest: float, generator: random.Random) -> None:
+        self.folder, self.diary = folder, folder.with_suffix(".diary")
+        self.done = self.in_sync = 0
+        self._settings = settings
+        while self.done < kills:
+            fatal_sync = generator.randint(1, 60) if self.done % 4 == 3 else None
+            status = self._attempt(fatal_sync, generator.uniform(0, longest))
+            if not os.WIFSIGNALED(status):
+                if os.waitstatus_to_exitcode(status) != 0:
+                    raise ValueError(f"a child ended with {status}")
+                break
+            self.done += 1
+            self.in_sync += fatal_sync is not None
+
+    def _attempt(self, fatal_sync: int | None, seconds: float) -> int:
+        child = os.fork()
+        if child == 0:
+            attempt(self._settings, self.folder, self.diary, fatal_sync)
+        if fatal_sync is None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1]
+
+    def finish(self, whole: dict[str, dict], undisturbed: Path) -> tuple[int, int, int]:
+        """Run what is left and check everything; runs that were finished before, steps made and steps needed."""
+        tally, crashed = run(self._settings, self.folder, Diary(self.diary, Results(self.folder)))
+        if tally.failed or tally.busy:
+            raise ValueError(f"{len(tally.failed)} runs failed and {len(tally.busy)} stayed locked")
+        compare(whole, crashed, undisturbed, self.folder)
+        lines = self.diary.read_text(encoding="utf-8").splitlines()
+        repeated = [line for line in lines if line.startswith("begin") and line.endswith("True")]
+        if repeated:
+            raise ValueError(f"finished runs were repeated: {repeated}")
+        steps = lines.count("step")
+        least = sum(row["curve"][-1]["step"] for row in whole.values() if row["curve"])
+        # A kill costs the steps since the last checkpoint, and that step whose checkpoint it cut short.
+        if not least <= steps <= least + self.done * SAVE_STEPS:
+            raise ValueError(
+                f"{steps} steps were made; {least} are needed and {self.done * SAVE_STEPS} may be repeated"
+            )
+        leftovers = [path.name for path in (self.folder / "work").iterdir()]
+        if leftovers:
+            raise ValueError(f"left behind: {leftovers}")
+        return len(tally.found), steps, least
+
+
 def crash(kills: int, seed: int, folder: Path) -> str:
-    """Run with that many kills; a line that sums it up.
+    """Run with that many kills, in as many experiments as they take; a line that sums it up.
 
     Raises:
         ValueError: something was lost, doubled or repeated, or differs.
@@ -74,57 +123,35 @@ def crash(kills: int, seed: int, folder: Path) -> str:
     generator = random.Random(seed)
     model = save_model(folder / "model", "t5")
     # Dropout and the allocator's memory make a lost state visible.
-    splits = (0, 1 + kills // 6)
-    settings = tiny_settings(model, variants=VARIANTS, splits=splits, save_steps=SAVE_STEPS, adalora_target_r=2)
+    settings = tiny_settings(
+        model, variants=VARIANTS, splits=(0, 1 + kills // 12), save_steps=SAVE_STEPS, adalora_target_r=2
+    )
     start = time.perf_counter()
     _, whole = run(settings, folder / "whole")
-    # An attempt then gets through most of a run on average, and the kills use up most of the runs, on any machine.
+    # An attempt then gets through most of a run on average, on any machine.
     longest = 1.5 * (time.perf_counter() - start) / len(whole)
-    diary, done, in_sync = folder / "diary", 0, 0
+    done = in_sync = found = steps = needed = rounds = 0
     while done < kills:
-        fatal_sync = generator.randint(1, 60) if done % 4 == 3 else None
-        child = os.fork()
-        if child == 0:
-            attempt(settings, folder / "crashed", diary, fatal_sync)
-        if fatal_sync is None:
-            time.sleep(generator.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            raise ValueError(f"a child ended with status {status} after {done} of {kills} kills, before it was killed")
-        done += 1
-        in_sync += fatal_sync is not None
-    tally, crashed = run(settings, folder / "crashed", Diary(diary, Results(folder / "crashed")))
-    if tally.failed or tally.busy:
-        raise ValueError(f"{len(tally.failed)} runs failed and {len(tally.busy)} stayed locked")
-    found = len(tally.found)
-    compare(whole, crashed, folder)
-    lines = diary.read_text(encoding="utf-8").splitlines()
-    repeated = [line for line in lines if line.startswith("begin") and line.endswith("True")]
-    if repeated:
-        raise ValueError(f"finished runs were repeated: {repeated}")
-    steps = lines.count("step")
-    least = sum(row["curve"][-1]["step"] for row in whole.values() if row["curve"])
-    # A kill costs the steps since the last checkpoint, and that step whose checkpoint it cut short.
-    if not least <= steps <= least + kills * SAVE_STEPS:
-        raise ValueError(f"{steps} steps were made; {least} are needed and {kills * SAVE_STEPS} may be repeated")
-    leftovers = [path.name for path in (folder / "crashed" / "work").iterdir()]
-    if leftovers:
-        raise ValueError(f"left behind: {leftovers}")
+        rounds += 1
+        one = Round(settings, folder / f"crashed{rounds}", kills - done, longest, generator)
+        finished, made, least = one.finish(whole, folder / "whole")
+        done, in_sync, found = done + one.done, in_sync + one.in_sync, found + finished
+        steps, needed = steps + made, needed + least
+    rows = rounds * len(whole)
     return (
-        f"{kills} kills, {in_sync} of them within a sync: {len(crashed)} rows equal those of the undisturbed run; "
-        f"{found} were finished between kills; {steps - least} of {least} steps were repeated"
+        f"{kills} kills, {in_sync} of them within a sync: {rows} rows equal those of the undisturbed run; "
+        f"{found} were finished between kills; {steps - needed} of {needed} steps were repeated"
     )
 
 
-def compare(whole: dict[str, dict], crashed: dict[str, dict], folder: Path) -> None:
+def compare(whole: dict[str, dict], crashed: dict[str, dict], undisturbed: Path, folder: Path) -> None:
     """Raise if rows or answers differ."""
     if whole.keys() != crashed.keys():
         raise ValueError(f"other rows: {sorted(whole.keys() ^ crashed.keys())}")
     for name, row in whole.items():
         if lasting(row) != lasting(crashed[name]):
             raise ValueError(f"{name} differs:\n{json.dumps(row)}\n{json.dumps(crashed[name])}")
-        one, other = (folder / kind / "answers" / f"{name}.jsonl" for kind in ("whole", "crashed"))
+        one, other = (place / "answers" / f"{name}.jsonl" for place in (undisturbed, folder))
         if one.read_bytes() != other.read_bytes():
             raise ValueError(f"{name}: other answers")
 
