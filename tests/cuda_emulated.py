@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -88,22 +89,55 @@ def _python_flags() -> list[str]:
     return [*defines, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
 
 
-def build(root: Path, folder: Path, names: tuple[str, ...] = (), objects: Path | None = None) -> Path:
+def build(root: Path, folder: Path, names: tuple[str, ...] = ()) -> Path:
     """Compile the sources under ``root`` into ``folder``; the path of the module.
 
-    With ``names`` only these units are compiled, and the others taken from the folder ``objects``.
+    With ``names`` only these units are compiled, and the others are those of this tree.
     """
     chosen = {name: arguments for name, arguments in units(root).items() if not names or name in names}
     with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(
-                lambda item: _run([*FLAGS, *OPTIMISE, "-c", "-o", folder / f"{item[0]}.o", *item[1]]), chosen.items()
-            )
-        )
+        list(pool.map(lambda item: _compile(folder / f"{item[0]}.o", item[1]), chosen.items()))
+    own = {name: folder / f"{name}.o" for name in chosen}
+    return _link({**(_objects() if names else {}), **own}, folder)
+
+
+def _compile(output: Path, arguments: list[str]) -> None:
+    _run([*FLAGS, *OPTIMISE, "-c", "-o", output, *arguments])
+
+
+def _link(objects: dict[str, Path], folder: Path) -> Path:
     path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = [(folder if name in chosen else objects) / f"{name}.o" for name in units(root)]
-    _run([*OPTIMISE, "-shared", "-o", path, *linked])
+    _run([*OPTIMISE, "-shared", "-o", path, *objects.values()])
     return path
+
+
+@functools.cache
+def _objects() -> dict[str, Path]:
+    """The objects of this tree, kept under build/ by a hash of what they are made from."""
+    folder = ROOT / "build" / "cuda_emulation"
+    headers = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh")]
+    headers += (ROOT / "tests" / "cuda_emulation").glob("*.h")
+    common = hashlib.sha256(repr((FLAGS, OPTIMISE, compiler(), sys.version)).encode())
+    for header in sorted(headers):
+        common.update(header.read_bytes())
+    found = {}
+    for name, arguments in units(ROOT).items():
+        key = common.copy()
+        key.update(repr(arguments).encode() + Path(arguments[-1]).read_bytes())
+        found[name] = folder / f"{name}-{key.hexdigest()[:16]}.o"
+
+    def make(name: str) -> None:
+        if not found[name].exists():
+            temporary = found[name].with_suffix(".making.o")
+            _compile(temporary, units(ROOT)[name])
+            temporary.rename(found[name])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the kernel lets go of it if that one dies
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(make, found))
+    return found
 
 
 def build_library(source: Path, folder: Path) -> Path:
@@ -126,17 +160,14 @@ def _run(arguments: list) -> None:
 @functools.cache
 def built() -> Path:
     """The module of this tree, compiled now if it has not been."""
-    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "cuda_emulation").glob("*.*")])
-    key = hashlib.sha256(repr((FLAGS, OPTIMISE, compiler(), sysconfig.get_config_var("EXT_SUFFIX"))).encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    folder = ROOT / "build" / "cuda_emulation" / key.hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    objects = _objects()
+    key = hashlib.sha256(repr(sorted(path.name for path in objects.values())).encode()).hexdigest()[:16]
+    folder = ROOT / "build" / "cuda_emulation" / key
     with open(folder.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the kernel lets go of it if that one dies
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-            build(ROOT, temporary)
+            _link(objects, temporary)
             temporary.rename(folder)
     return next(folder.glob("_C*"))
 

@@ -8,6 +8,8 @@ ROW_LAYOUT = "csrc/row_layout.h"
 ROW_MATH = "csrc/row_math.h"
 LANES = "csrc/cpu/lanes.h"
 ROWS = "csrc/cpu/rows.h"
+KINDS = "csrc/row_kinds.h"
+RESULTS = "csrc/row_results.h"
 FORWARD = "csrc/cpu/forward.cpp"
 BACKWARD = "csrc/cpu/backward.cpp"
 LAUNCH = "csrc/cpu/launch.cpp"
@@ -22,7 +24,7 @@ COMPILED = [
         ("c-sced-gradient-zero", "inner += sced * even_slope", "inner += 0 * sced * even_slope"),
         ("c-sced-gradient-flipped", "inner += sced * even_slope", "inner -= sced * even_slope"),
         ("c-kl-gradient-halved", "kl(static_cast<T>(row.grad_kl))", "kl(static_cast<T>(0.5 * row.grad_kl))"),
-        ("c-label-column-not-written", "if (target.has_label) store_one(out + target.label, label);", ""),
+        ("c-label-column-not-written", "if (is_apart) store_one(out + target.label, label);", ""),
         ("c-top-column-not-written", "  store_one(out + row.argmax, top);\n", ""),
     ),
     *mutants(
@@ -39,10 +41,16 @@ COMPILED = [
         "numerics",
         "(N02 or N21 or N22) and cpu",
         ("c-top-counted-in-residual", "      block.exclude(argmax);\n    } else", "    } else"),
-        ("c-old-maximum-forgotten", "scale * (sums.residual + 1.0)", "scale * sums.residual"),
-        ("c-old-maximum-not-in-moments", "      sums.moments.add(delta);\n", ""),
-        ("c-moments-not-shifted", "      sums.moments.shift(delta);\n", ""),
-        ("c-first-moment-not-shifted", "+ delta * sums.residual + delta)", "+ delta)"),
+    ),
+    *mutants(
+        "the arg-max column in r, a tie left out with it, or a maximum forgotten",
+        KINDS,
+        "numerics",
+        "(N02 or N21 or N22) and cpu",
+        ("c-old-maximum-forgotten", "scale * (residual + 1.0)", "scale * residual"),
+        ("c-old-maximum-not-in-moments", "moments.add(delta, e);", ""),
+        ("c-moments-not-shifted", "moments.shift(delta, e);", ""),
+        ("c-first-moment-not-shifted", "+ delta * residual + delta)", "+ delta)"),
     ),
     *mutants(
         "a single lse instead of (m, a, r)",
@@ -95,7 +103,7 @@ COMPILED = [
     ),
     *mutants(
         "incoming gradient of the first row only, or of another term",
-        BACKWARD,
+        RESULTS,
         "autograd regressions",
         "(A03 or A04 or A05) and cpu",
         ("c-incoming-gradient-of-first-row", "+ row * params.grad_row_stride,", "+ 0 * row * params.grad_row_stride,"),
@@ -113,7 +121,7 @@ COMPILED = [
         FORWARD,
         "labels",
         "(L09 or L10) and cpu",
-        ("c-ignored-row-has-terms", "(params, row, {}, {});", "(params, row, {0.0, 0.0, 1e-3}, {});"),
+        ("c-ignored-row-has-terms", "Arithmetic>(0.0).write(params, row);", "Arithmetic>(1e-3).write(params, row);"),
     ),
     *mutants(
         "label not checked, or wrapped to 32 bits",
@@ -142,7 +150,7 @@ COMPILED = [
     ),
     *mutants(
         "an address formed from what the backward was given",
-        BACKWARD,
+        RESULTS,
         "labels",
         "hostile and cpu",
         ("c-arg-max-unchecked", "argmax >= 0 && argmax < columns;", "true;"),
@@ -160,10 +168,10 @@ COMPILED = [
     ),
     *mutants(
         "NaN swallowed",
-        FORWARD,
+        RESULTS,
         "numerics",
         "N08_N09_N10 and cpu",
-        ("c-infinite-maximum-accepted", "!std::isfinite(sums.maximum) || sums.is_nan", "sums.is_nan"),
+        ("c-infinite-maximum-accepted", "if (!has_maximum || sums.residual", "if (sums.residual"),
     ),
     *mutants(
         "NaN swallowed",

@@ -124,7 +124,7 @@ def _backend(tmp_path: Path, name: str) -> cuda_emulated.EmulatedCudaBackend:
     assert text.count(mistake.text) == 1
     source.write_text(text.replace(mistake.text, mistake.replacement), encoding="utf-8")
     unit = mistake.unit if "_" in mistake.unit else f"{mistake.unit}_Float32"
-    path = cuda_emulated.build(tmp_path, tmp_path, (unit,), cuda_emulated.built().parent)
+    path = cuda_emulated.build(tmp_path, tmp_path, (unit,))
     return cuda_emulated.EmulatedCudaBackend(path)
 
 

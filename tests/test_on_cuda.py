@@ -118,7 +118,7 @@ def test_memory_is_the_gradient_or_nothing(on_cuda, cuda, inplace):
 
 def test_two_launches_at_the_papers_head(on_cuda, cuda):
     logits, labels = _case(cuda, rows=1024)
-    spec = (2.0, 1.0, 32_128, -100, True, on_cuda)
+    spec = (2.0, 1.0, 32_128, -100, True, 0.0, 0, 0, on_cuda)
     operators = torch.ops.caref_kernels
 
     def both():

@@ -97,7 +97,7 @@ def test_shared_rows_triton(dtype, alpha, beta):
         logits, labels = logits.cuda(), labels.cuda()
     actual = evaluate(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta, backend="triton")
     check_evaluation(actual, oracle(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta))
-    _, stats = torch.ops.caref_kernels.forward(logits, labels, alpha, beta, columns, -100, True, "triton")
+    _, stats = torch.ops.caref_kernels.forward(logits, labels, alpha, beta, columns, -100, True, 0.0, 0, 0, "triton")
     assert stats[:, 1].tolist() == [
         0.0 if row == -100 else float(z.argmax()) for row, z in zip(labels, logits, strict=True)
     ]
