@@ -60,7 +60,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("identity", "call", "error", "message"), CALLS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("identity", "call", "error", "message"), CALLS, ids=[f"{case[0]}-{case[3][:40]}" for case in CALLS])
 def test_wrong_calls_P16_F07(identity, call, error, message):
     with pytest.raises(error, match=message):
         call()
