@@ -60,7 +60,10 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("identity", "call", "error", "message"), CALLS, ids=[f"{case[0]}-{case[3][:40]}" for case in CALLS])
+NAMES = [f"{case[0]}-{case[3][:40]}" for case in CALLS]
+
+
+@pytest.mark.parametrize(("identity", "call", "error", "message"), CALLS, ids=NAMES)
 def test_wrong_calls_P16_F07(identity, call, error, message):
     with pytest.raises(error, match=message):
         call()
