@@ -238,12 +238,10 @@ void Machine::check_order(const Byte& byte, std::ptrdiff_t offset, bool writes) 
 
 void* Machine::touch(std::ptrdiff_t offset, std::size_t size, bool writes) {
   const auto bytes = static_cast<std::ptrdiff_t>(size);
-  if (offset < 0 || offset + bytes > shared_bytes_ ||
-      offset % std::min<std::ptrdiff_t>(bytes, 16)) {
-    if (bytes <= 16 || offset < 0 || offset + bytes > shared_bytes_) {
-      fail("bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) +
-           " are not aligned in the " + std::to_string(shared_bytes_) + " of shared memory");
-    }
+  const bool is_aligned = bytes > 16 || offset % bytes == 0;  // a structure is read in parts
+  if (offset < 0 || offset + bytes > shared_bytes_ || !is_aligned) {
+    fail("bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) +
+         " are not aligned in the " + std::to_string(shared_bytes_) + " of shared memory");
   }
   const int warp = current_ / kWarp;
   for (std::ptrdiff_t i = offset; i < offset + bytes; ++i) {
@@ -360,7 +358,6 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-
 cudaError_t cudaGetDevice(int* index) {
   *index = 0;
   return cudaSuccess;
