@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = observe(load_file(options.file)["logits"])
     options.output.write_text(json.dumps(found) + "\n")
     draw(found, options.output.with_suffix(".svg"))
-    print("\n".join(summary(found)))
+    sys.stdout.write("\n".join(summary(found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -232,6 +232,8 @@ _REAL_BUDGET = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 104.
 # Columns that are loaded one by one: an instruction each, and one to put them into the order of wide loads; in the
 # backward an address each as well.
 _NARROW = {"row": 5.0, "partial": 5.0, "second": 5.0, "gradient": 11.0}
+# The list takes a store and its address for every column.
+_SELECTION = {"list": 9.5, "count": 5.5}
 # float64: per loop about 40 instructions for the exponential, elsewhere moves of register pairs.
 _FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
 # At 168 a multiprocessor holds 12 warps, the fewest that hide the latency of memory; float64 is not held to that.
@@ -251,6 +253,12 @@ def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float
     if not wide:
         budget += _NARROW[kernel]
     return budget * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else budget
+
+
+def selection_budget(sweep: str, dtype: str, wide: bool) -> float:
+    """Machine instructions per column of one look at a row of the selection, which "list"s columns or "count"s them."""
+    budget = _SELECTION[sweep] + (0.0 if wide else _NARROW["row"])
+    return budget * _FLOAT64_FACTOR if dtype == "float64" else budget
 
 
 def register_budget(dtype: str) -> int:
