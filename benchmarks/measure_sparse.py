@@ -93,8 +93,8 @@ def verify(logits: Tensor, labels: Tensor) -> None:
             own = logits.clone().requires_grad_()
             value = loss(own, labels)
             check_identity(value.detach(), exact.detach(), "float32_terms", f"{kind} {name}")
-            # Of the eager form in float32 the gradient is off by more than the cap of one at V = 262,144; and ties, which
-            # torch.topk breaks and the mask shares, differ in 16 bits.
+            # The eager form's own gradient misses the cap of float32 at V = 262,144; ties, which torch.topk breaks and
+            # the mask shares, differ in 16 bits.
             is_sharp = kind == "fused" and logits.dtype == torch.float32
             identity = "float32_gradient" if is_sharp else "bfloat16_gradient"
             check_identity(torch.autograd.grad(value, own)[0], gradient, identity, f"{kind} {name}")

@@ -117,7 +117,7 @@ def check(variant: Variant) -> Result:
 
 def _checked_selection(variant: Variant, code: machine_code.MachineCode, failures: list[str]) -> Result:
     """The loops that read a whole row: the one that lists columns, and those that count them."""
-    tile = plan(variant).tile
+    tile, even = plan(variant).tile, path(variant).even
     sweeps = [loop for loop in code.sweeps() if not loop.count("MUFU", "DFMA")]
     listing = [loop for loop in sweeps if loop.count("STG")]
     if len(listing) != 1 or len(sweeps) < 2:
@@ -126,10 +126,10 @@ def _checked_selection(variant: Variant, code: machine_code.MachineCode, failure
     for loop in sweeps:
         kind = "list" if loop in listing else "count"
         costs.append(len(loop.turn) / (tile.vector * tile.loads))
-        budget = tiling.selection_budget(kind, variant.dtype, variant.wide)
+        budget = tiling.selection_budget(kind, variant.dtype, even, variant.wide)
         if costs[-1] > budget:
             failures.append(f"{costs[-1]:.1f} instructions per column to {kind}, budget {budget:g}")
-    budget = tiling.selection_budget("list", variant.dtype, variant.wide)
+    budget = tiling.selection_budget("list", variant.dtype, even, variant.wide)
     return Result(variant, code, max(costs, default=None), budget, tuple(failures))
 
 
@@ -137,7 +137,7 @@ def plan(variant: Variant) -> tiling.Plan | tiling.SelectionPlan:
     """The tile of ``variant``, at the size of a language model's batch."""
     storage = _storage(variant)
     if variant.kernel == "mask":
-        return tiling.selection_plan(_ROWS, storage, DEVICE)
+        return tiling.selection_plan(_ROWS, path(variant).even, storage, DEVICE)
     if variant.kernel == "gradient":
         return tiling.backward_plan(_ROWS, _COLUMNS, storage, DEVICE)
     rows = _ROWS if variant.kernel == "row" else _FEW_ROWS
@@ -168,7 +168,7 @@ def _source(variant: Variant):
         "sced_partials": "*fp64", "lists": f"*{storage}",
     }  # fmt: skip
     tile = plan(variant).tile
-    selection = tiling.selection_plan(_ROWS, _storage(variant), DEVICE).selection
+    selection = tiling.selection_plan(_ROWS, path(variant).even, _storage(variant), DEVICE).selection
     constants = {
         "PATH": path(variant), "TILE": tile, "SELECT": selection, "MOST_SPLITS": tiling.MOST_SPLITS,
         "dtype": language.float64 if element == "fp64" else language.float32,
