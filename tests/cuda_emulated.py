@@ -27,6 +27,7 @@ from torch import Tensor
 
 from caref_kernels import backends
 from caref_kernels.backends.cuda import CudaBackend
+from caref_kernels.config import RowSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "cuda-emulated"
@@ -214,9 +215,11 @@ class EmulatedCudaBackend(CudaBackend):
         yield
         self.controls.cuda_emulation_set_device(MULTIPROCESSORS, SHARED_BYTES, MOST_BLOCKS)
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         if _COMPILER is None:
             return "no C++ compiler to build the emulation with"
+        if spec is not None and spec.is_masked:
+            return "its kernels have no top-k selection"
         return None if logits.device.type == "cpu" else f"logits are on {logits.device}"
 
     def _guard(self, logits: Tensor) -> contextlib.AbstractContextManager:

@@ -118,7 +118,7 @@ TRITON = [
         BACKWARD,
         "numerics",
         "triton and N01",
-        ("t-sced-gradient-zero", "inner += row_math.even_slope", "inner += 0 * row_math.even_slope"),
+        ("t-sced-gradient-zero", "return p * (inner + slope)", "return p * (inner + 0 * slope)"),
         ("t-top-column-general", "tl.where(rows.is_at(argmax, start, part, TILE), top, value)", "value"),
         ("t-label-column-general", "parts[part] - grad_ce, parts[part])", "parts[part], parts[part])"),
     ),

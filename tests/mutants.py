@@ -29,10 +29,12 @@ from mutant_patches_compiled import COMPILED
 from mutant_patches_cuda import CUDA
 from mutant_patches_harness import HARNESS
 from mutant_patches_linear import LINEAR
+from mutant_patches_sparsity import SPARSE
 from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-MUTANTS = [*PYTHON, *LINEAR, *HARNESS, *TRITON, *CUDA, *COMPILED]
+_ALL = [*PYTHON, *LINEAR, *HARNESS, *TRITON, *SPARSE, *CUDA, *COMPILED]
+MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from caref_kernels import CarefLoss, caref_loss, fused_sced
+from caref_kernels import CarefLoss, EntropyTopK, caref_loss, fused_sced
 from caref_kernels.testing import make_case
 
 # torch's own compiler warns about itself here and there; the warnings of this package stay errors.
@@ -43,11 +43,19 @@ def _operands(dtype, layout, targets):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("layout", "targets"), [("2-D", "labels"), ("2-D", "mask"), ("3-D strided", "none")])
-def test_opcheck_C01(backend, dtype, layout, targets):
+@pytest.mark.parametrize(
+    ("layout", "targets", "budget"),
+    [
+        ("2-D", "labels", (0.0, 0, 0)),
+        ("2-D", "mask", (0.0, 0, 0)),
+        ("3-D strided", "none", (0.0, 0, 0)),
+        ("2-D", "labels", (0.5, 1, 0)),
+    ],
+)
+def test_opcheck_C01(backend, dtype, layout, targets, budget):
     """Schemas, fakes and dispatch of every operator; forward and backward are not differentiable themselves."""
     logits, labels = _operands(dtype, layout, targets)
-    spec = _spec(33, backend)
+    spec = _spec(33, backend, budget)
     terms, stats = OPS.forward(logits, labels, *spec)
     torch.library.opcheck(OPS.forward.default, (logits, labels, *spec))
     torch.library.opcheck(OPS.backward.default, (terms + 1, logits, labels, stats, *spec))
@@ -79,6 +87,19 @@ def test_inductor_gives_the_same_bits_C02(backend, reduction):
 
     case = make_case("lm_like", 6, 50, seed=2, ignored=1)
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True), case))
+
+
+def test_masks_compile_C02(backend):
+    """The policy is made inside the compiled function; its support comes out of it."""
+
+    def step(logits, labels):
+        out = caref_loss(
+            logits * 1.0, labels, sparsity=EntropyTopK(scale=0.5), return_terms=True, backend=backend, reduction="none"
+        )
+        return out.loss, out.sced, out.support
+
+    case = make_case("lm_like", 6, 50, seed=2, ignored=1)
+    _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True, backend="aot_eager"), case))
 
 
 def test_other_arguments_compile_C02(backend):

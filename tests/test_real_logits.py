@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from caref_kernels import CarefConfig, EntropyTopK, caref_loss, ops
 from caref_kernels.testing import check_evaluation, check_term, evaluate, evaluate_eager, oracle
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "logits" / "smollm2_cose_logits.safetensors"
@@ -35,6 +36,22 @@ def test_reference_agrees_with_the_file(real):
     terms = oracle(real["logits"][:16], real["labels"][:16], ()).terms
     for name in TERMS:
         check_term(name, getattr(terms, name), real[name][:16])
+
+
+def test_masked_terms_of_real_rows(backend, real):
+    """k = ceil(exp(H)), the counts above and at the threshold, and SCED over the mask, from the file."""
+    out = caref_loss(
+        real["logits"], real["labels"], sparsity=EntropyTopK(), reduction="none", return_terms=True, backend=backend
+    )
+    assert torch.equal(out.support.double(), real["support"].double())
+    check_term("sced", out.sced, real["sced_entropy_topk"])
+    spec = CarefConfig(sparsity=EntropyTopK()).row_spec(real["logits"].size(-1))
+    _, stats = ops.forward(real["logits"], None, *spec, backend)
+    threshold, tie_weight = stats[:, -2:, None].unbind(1)
+    above, equal = ((real["logits"] > threshold).sum(-1), (real["logits"] == threshold).sum(-1))
+    assert torch.equal(above, real["n_gt"].long())
+    assert torch.equal(equal, real["n_eq"].long())
+    assert torch.equal(tie_weight[:, 0], ((real["support"] - above) / equal).to(tie_weight.dtype))
 
 
 def test_gradients_of_real_rows(backend, real):

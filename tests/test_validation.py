@@ -8,7 +8,17 @@ import pickle
 import pytest
 import torch
 
-from caref_kernels import CarefConfig, CarefLoss, SCEDLoss, backends, caref_loss, explain, fused_sced
+from caref_kernels import (
+    CarefConfig,
+    CarefLoss,
+    EntropyTopK,
+    SCEDLoss,
+    TopK,
+    backends,
+    caref_loss,
+    explain,
+    fused_sced,
+)
 
 NAN, INF = math.nan, math.inf
 LOGITS = torch.zeros(2, 5)
@@ -56,6 +66,20 @@ CALLS = [
     ("P05", _loss(lambda_sced=NAN), ValueError, "lambda_sced must be finite and >= 0; got nan"),
     ("P05", _loss(lambda_kl=INF), ValueError, "lambda_kl must be finite and >= 0; got inf"),
     ("P05", _loss(lambda_kl="0"), TypeError, "lambda_kl " + NUMBER.format("'0'")),
+    ("K11", lambda: TopK(0), ValueError, r"k must be in \[1, 2147483647\]; got 0"),
+    ("K11", lambda: TopK(1.5), TypeError, "k must be an integer; got 1.5"),
+    ("K11", lambda: TopK(True), TypeError, "k must be an integer; got True"),
+    ("K11", lambda: EntropyTopK(scale=0), ValueError, "scale must be finite and > 0; got 0"),
+    ("K11", lambda: EntropyTopK(scale=-1.0), ValueError, "scale must be finite and > 0; got -1.0"),
+    ("K11", lambda: EntropyTopK(scale=INF), ValueError, "scale must be finite and > 0; got inf"),
+    ("K11", lambda: EntropyTopK(scale=NAN), ValueError, "scale must be finite and > 0; got nan"),
+    ("K11", lambda: EntropyTopK(scale="1"), TypeError, "scale must be a Python float or int; got '1'"),
+    ("K11", lambda: EntropyTopK(k_min=0), ValueError, r"k_min must be in \[1, .*; got 0"),
+    ("K11", lambda: EntropyTopK(k_min=2.0), TypeError, "k_min must be an integer; got 2.0"),
+    ("K11", lambda: EntropyTopK(k_max=2**31), ValueError, r"k_max must be in \[1, 2147483647\]; got 2147483648"),
+    ("K11", lambda: EntropyTopK(k_min=5, k_max=4), ValueError, "k_max must be None or at least k_min = 5; got 4"),
+    ("K11", _loss(sparsity=5), TypeError, r"sparsity must be None, TopK\(k\) or EntropyTopK\(...\); got 5 of type int"),
+    ("K11", _sced(sparsity="top"), TypeError, "sparsity must be None, .*; got 'top'"),
     ("P06", _loss(ignore_index=1.5), TypeError, "ignore_index must be an integer; got 1.5"),
     ("P06", _loss(ignore_index="x"), TypeError, "ignore_index must be an integer; got 'x'"),
     ("P06", _loss(ignore_index=2**63), ValueError, r"ignore_index must be in \[-9223372036854775808, .*; got 92233"),

@@ -22,17 +22,19 @@ _ROWS, _FEW_ROWS, _COLUMNS = 4096, 8, 128_256
 class Variant(NamedTuple):
     """One kernel as it is compiled for one kind of call."""
 
-    kernel: str  # row, partial, second, finish or gradient
+    kernel: str  # row, partial, second, finish, mask or gradient
     dtype: str
     exponents: tuple[float, float] | None  # None: without SCED
     architecture: int
     wide: bool = True
     targets: str = "labels"
+    masked: bool = False  # the gradient of a masked row; "mask" always is
 
     def __str__(self) -> str:
         exponents = "no SCED" if self.exponents is None else "{:g},{:g}".format(*self.exponents)
         rows = "wide" if self.wide else "narrow"
-        return f"{self.kernel} {self.dtype} ({exponents}) {rows} {self.targets} sm_{self.architecture}"
+        masked = " masked" if self.masked else ""
+        return f"{self.kernel}{masked} {self.dtype} ({exponents}) {rows} {self.targets} sm_{self.architecture}"
 
 
 class Result(NamedTuple):
@@ -60,6 +62,10 @@ def variants(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Variant]:
                 yield Variant("partial", dtype, exponents, architecture)
                 yield Variant("finish", dtype, exponents, architecture)
             yield Variant("second", dtype, (1.5, 0.5), architecture)
+            for exponents in (DEFAULT, (1.5, 0.5)):
+                yield Variant("mask", dtype, exponents, architecture, masked=True)
+                yield Variant("gradient", dtype, exponents, architecture, masked=True)
+            yield Variant("mask", dtype, DEFAULT, architecture, wide=False, masked=True)
 
 
 def compile_variant(variant: Variant) -> bytes:
@@ -93,6 +99,8 @@ def check(variant: Variant) -> Result:
         failures.append(f"{code.registers} registers, budget {most}")
     if variant.kernel == "finish":  # no loop over columns
         return Result(variant, code, None, None, tuple(failures))
+    if variant.kernel == "mask":
+        return _checked_selection(variant, code, failures)
     tile, asked = plan(variant).tile, path(variant)
     loops = code.main_loops()
     expected = 2 if variant.kernel == "row" and asked.second_pass else 1
@@ -108,43 +116,69 @@ def check(variant: Variant) -> Result:
     return Result(variant, code, per_column, budget, tuple(failures))
 
 
-def plan(variant: Variant) -> tiling.Plan:
+def _checked_selection(variant: Variant, code: machine_code.MachineCode, failures: list[str]) -> Result:
+    """The loops that read a whole row: the one that lists columns, and those that count them."""
+    tile, even = plan(variant).tile, path(variant).even
+    sweeps = [loop for loop in code.sweeps() if not loop.count("MUFU", "DFMA")]
+    listing = [loop for loop in sweeps if loop.count("STG")]
+    if len(listing) != 1 or len(sweeps) < 2:
+        failures.append(f"{len(listing)} loops that list and {len(sweeps)} that read, expected 1 and at least 2")
+    costs = []
+    for loop in sweeps:
+        kind = "list" if loop in listing else "count"
+        costs.append(len(loop.turn) / (tile.vector * tile.loads))
+        budget = tiling.selection_budget(kind, variant.dtype, even, variant.wide)
+        if costs[-1] > budget:
+            failures.append(f"{costs[-1]:.1f} instructions per column to {kind}, budget {budget:g}")
+    budget = tiling.selection_budget("list", variant.dtype, even, variant.wide)
+    return Result(variant, code, max(costs, default=None), budget, tuple(failures))
+
+
+def plan(variant: Variant) -> tiling.Plan | tiling.SelectionPlan:
     """The tile of ``variant``, at the size of a language model's batch."""
-    storage = tiling.Storage(DTYPES[variant.dtype][1], variant.wide, variant.dtype == "bfloat16")
+    storage = _storage(variant)
+    if variant.kernel == "mask":
+        return tiling.selection_plan(_ROWS, path(variant).even, storage, DEVICE)
     if variant.kernel == "gradient":
         return tiling.backward_plan(_ROWS, _COLUMNS, storage, DEVICE)
     rows = _ROWS if variant.kernel == "row" else _FEW_ROWS
     return tiling.forward_plan(rows, _COLUMNS, storage, DEVICE)
 
 
+def _storage(variant: Variant) -> tiling.Storage:
+    return tiling.Storage(DTYPES[variant.dtype][1], variant.wide, variant.dtype == "bfloat16")
+
+
 def path(variant: Variant) -> tiling.Path:
     """What the kernel of ``variant`` is asked for."""
     alpha, beta = variant.exponents or (1, 0)
-    return tiling.path(alpha, beta, variant.exponents is not None, variant.targets)
+    return tiling.path(alpha, beta, variant.exponents is not None, variant.targets, variant.masked)
 
 
 def _source(variant: Variant):
     """(kernel, signature, constants, tile); the signature by the names of the kernel's parameters."""
     from triton import language
 
-    from ..backends.triton import backward, forward
+    from ..backends.triton import backward, forward, select
 
     storage = DTYPES[variant.dtype][0]
     element = "fp64" if variant.dtype == "float64" else "fp32"
     pointers = {
         "logits": f"*{storage}", "out": f"*{storage}", "targets": "*u8" if variant.targets == "mask" else "*i64",
         "terms": f"*{element}", "stats": f"*{element}", "grad_terms": f"*{element}", "partials": "*fp64",
-        "sced_partials": "*fp64",
+        "sced_partials": "*fp64", "lists": f"*{storage}",
     }  # fmt: skip
     tile = plan(variant).tile
+    selection = tiling.selection_plan(_ROWS, path(variant).even, _storage(variant), DEVICE).selection
     constants = {
-        "PATH": path(variant), "TILE": tile, "MOST_SPLITS": tiling.MOST_SPLITS,
+        "PATH": path(variant), "TILE": tile, "SELECT": selection, "MOST_SPLITS": tiling.MOST_SPLITS,
         "dtype": language.float64 if element == "fp64" else language.float32,
     }  # fmt: skip
     wide_integers = {"outer_stride": "i64", "inner_stride": "i64", "ignore_index": "i32"}
     kernel = {
         "row": forward.row_kernel, "partial": forward.partial_kernel, "second": forward.second_kernel,
         "finish": forward.finish_kernel, "gradient": backward.gradient_kernel,
+        "mask": select.mask_kernel,
     }[variant.kernel]  # fmt: skip
     signature = {}
     for name in kernel.arg_names:
@@ -152,6 +186,8 @@ def _source(variant: Variant):
             signature[name] = "constexpr"
         elif name == "strides":
             signature[name] = ("i64",) * 6
+        elif name == "budget":
+            signature[name] = ("i64", "i32", "i32")
         else:
             signature[name] = pointers.get(name) or wide_integers.get(name, "i32")
     return kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants}, tile

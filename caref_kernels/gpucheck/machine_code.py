@@ -51,6 +51,11 @@ class MachineCode(NamedTuple):
         loops = [loop for loop in self.loops if loop.count("LDG") and loop.count("MUFU", "DFMA")]
         return tuple(loop for loop in loops if not any(loop.encloses(other) for other in loops))
 
+    def sweeps(self) -> tuple[Loop, ...]:
+        """The innermost loops that load."""
+        loops = [loop for loop in self.loops if loop.count("LDG")]
+        return tuple(loop for loop in loops if not any(loop.encloses(other) for other in self.loops))
+
 
 def read(cubin: bytes, tools: Path) -> MachineCode:
     """Disassemble ``cubin`` with the programs in ``tools``.

@@ -14,7 +14,7 @@ constexpr int64_t kShortRow = 4096;
 // Registers of the sample, spread evenly over the row.
 constexpr int64_t kSampledRegisters = 128;
 // The ranks of the bracket are this many standard deviations, and as many places, off the expected
-// rank: about one row in 30,000 falls outside.
+// rank.
 constexpr double kMargin = 4.0;
 // Up to here the list is kept whole, with everything above the threshold, and summed instead of the
 // row.  It fits the first-level cache.

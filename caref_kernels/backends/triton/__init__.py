@@ -135,7 +135,7 @@ def _launch_selection(row: _Rows, terms: Tensor, stats: Tensor, spec: RowSpec) -
     from . import select
 
     count = terms.size(0)
-    plan = tiling.selection_plan(count, _storage(row.logits), _device(row.logits.device))
+    plan = tiling.selection_plan(count, row.path.even, _storage(row.logits), _device(row.logits.device))
     tile, sizes, programs = plan
     lists = torch.empty((programs, sizes.slots * sizes.room), dtype=row.logits.dtype, device=row.logits.device)
     select.mask_kernel[(programs,)](

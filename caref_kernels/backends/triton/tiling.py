@@ -38,6 +38,7 @@ LEAST_TILES = 4
 MOST_SPLITS = 64
 # The selection of a mask: its searches end in a sum over all threads at every step, which few warps do quickly.
 SELECTION_WARPS = 4
+# Powers with a logarithm need registers of their own: one load then, or the sums of a row spill.
 SELECTION_LOADS = 2
 # Programs per multiprocessor: 16 warps, of 128 registers a thread.
 SELECTION_PROGRAMS = 4
@@ -151,9 +152,9 @@ class SelectionPlan(NamedTuple):
     programs: int
 
 
-def selection_plan(rows: int, storage: Storage, device: Device) -> SelectionPlan:
+def selection_plan(rows: int, even: bool, storage: Storage, device: Device) -> SelectionPlan:
     """A program for each row, up to as many as run at a time: each has lists of its own in memory."""
-    tile = _tile(SELECTION_WARPS, SELECTION_LOADS, storage, device)
+    tile = _tile(SELECTION_WARPS, SELECTION_LOADS if even else 1, storage, device)
     tile = tile._replace(lanes=tile.width if device.interpreted else 1)
     shift = 0 if storage.itemsize > 2 else 16 if storage.bfloat16 else 13
     infinity = 0x7FF << 52 if storage.itemsize == 8 else (0xFF << 23) >> shift
@@ -232,11 +233,19 @@ _REAL_BUDGET = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 118.
 # Columns that are loaded one by one: an instruction each, and one to put them into the order of wide loads; in the
 # backward an address each as well.
 _NARROW = {"row": 5.5, "partial": 5.0, "second": 5.0, "gradient": 11.0}
+# The list takes a store and its address for every column.
+_SELECTION = {"list": 9.5, "count": 5.5}
+# Half the columns for every turn of a loop.
+_ONE_LOAD = 2.2
+# float16 is converted there and back.
+_FLOAT16_LIST = 4.5
+# The gradient of a masked row: two comparisons, two selects and a product.
+_MASKED_MORE = 4.5
 # float64: per loop about 40 instructions for the exponential, elsewhere moves of register pairs.
 _FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
 # At 168 a multiprocessor holds 12 warps, the fewest that hide the latency of memory; float64 is not held to that.
 _REGISTERS = 168
-_FLOAT64_REGISTERS = 208
+_FLOAT64_REGISTERS = 216
 # The assembler keeps a few constants of a program on the stack, stored before its loops and loaded after them, where it
 # prefers one more program per multiprocessor to their registers.  Never in a loop, and not on the default path.
 _STACK_BYTES = 24
@@ -253,7 +262,19 @@ def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float
         budget = _BUDGET["row"][exponents] + _PARTIAL_MORE if kernel == "partial" else _BUDGET[kernel][exponents]
     if not wide:
         budget += _NARROW[kernel]
+    if path.masked:
+        budget += _MASKED_MORE
     return budget * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else budget
+
+
+def selection_budget(sweep: str, dtype: str, even: bool, wide: bool) -> float:
+    """Machine instructions per column of one look at a row of the selection, which "list"s columns or "count"s them."""
+    budget = _SELECTION[sweep] + (0.0 if wide else _NARROW["row"])
+    if not even:
+        budget += _ONE_LOAD
+    if sweep == "list" and dtype == "float16":
+        budget += _FLOAT16_LIST
+    return budget * _FLOAT64_FACTOR if dtype == "float64" else budget
 
 
 def stack_budget(kernel: str, path: Path, wide: bool, dtype: str) -> int:

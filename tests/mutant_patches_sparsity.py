@@ -1,0 +1,158 @@
+"""Mutants of the top-k masks, in every language: as mutant_patches.py."""
+
+from __future__ import annotations
+
+from mutant_patches import mutants
+
+SPARSITY = "caref_kernels/sparsity.py"
+OBJECTIVE = "caref_kernels/objective.py"
+CONFIG = "caref_kernels/config.py"
+SELECT = "csrc/cpu/select.cpp"
+KEYS = "csrc/cpu/select.h"
+MASKED = "csrc/cpu/masked.h"
+BACKWARD = "csrc/cpu/backward.cpp"
+LAUNCH = "csrc/cpu/launch.cpp"
+ROW_MATH = "csrc/row_math.h"
+T_SELECT = "caref_kernels/backends/triton/select.py"
+T_BACKWARD = "caref_kernels/backends/triton/backward.py"
+T_ROW_MATH = "caref_kernels/backends/triton/row_math.py"
+
+SPARSE = [
+    *mutants(
+        "k off by one; ties broken another way; k from NaN",
+        SPARSITY,
+        "sparsity",
+        "reference and (topk or K02 or K03 or K05 or K09 or K10) or K09_K10",
+        ("k-off-by-one", "values.gather(-1, support - 1)", "values.gather(-1, (support - 2).clamp_min(0))"),
+        ("ties-count-whole", "torch.where(equal, tie_weight, above", "torch.where(equal, 1.0, above"),
+        ("ties-count-nothing", "torch.where(equal, tie_weight, above", "torch.where(equal, 0.0, above"),
+        ("floor-instead-of-ceil", ".exp()).ceil()", ".exp()).floor()"),
+        (
+            "nan-becomes-an-index",
+            "torch.where(wanted >= budget.k_min, wanted,",
+            "torch.where(wanted == wanted, wanted,",
+        ),
+        ("masked-columns-in-the-mask", "support = torch.minimum(support, finite)", "support = support + 0 * finite"),
+    ),
+    *mutants(
+        "G over all columns although there is a mask",
+        OBJECTIVE,
+        "sparsity",
+        "reference and (K02 or K09) or gradients_K12",
+        (
+            "mask-not-on-slopes",
+            "return _masked(rows, torch.where(carries, p * slope / q, 0.0))",
+            "return p * slope / q",
+        ),
+        (
+            "top-always-whole",
+            "rows.mask.weight.gather(-1, rows.argmax) * values",
+            "(0 * rows.mask.weight.gather(-1, rows.argmax) + 1) * values",
+        ),
+    ),
+    *mutants(
+        "the budget not clipped to the row",
+        CONFIG,
+        "sparsity",
+        "K01",
+        ("k-max-not-clipped", "k_max=min(self.k_max or columns, columns)", "k_max=self.k_max or columns"),
+    ),
+    *mutants(
+        "k off by one; a bracket that is not verified; counts from the wrong side",
+        SELECT,
+        "sparsity",
+        "cpu and (K03 or K07 or K04 or K16)",
+        ("c-rank-off-by-one", "if (count >= rank) {", "if (count > rank) {"),
+        ("c-bracket-not-verified", "if (above < k && k <= above + size) {", "if (size > 0) {"),
+        ("c-above-forgotten", "      found.above += above;\n", ""),
+        ("c-tail-not-listed", "for (; i < columns; ++i) {", "for (; i < 0; ++i) {"),
+        ("c-list-not-padded", "list[size + lane] = kNoKey<T>;", "list[size + lane] = kInfinityKey<T>;"),
+        ("c-dropped-keys-forgotten", "dropped = beyond_high;", "dropped = 0;"),
+    ),
+    *mutants(
+        "keys that do not order the values",
+        KEYS,
+        "sparsity",
+        "cpu and (K03 or K07 or K08)",
+        (
+            "c-negative-keys-reversed",
+            "return ((bits & ~kSignBit<T>) ^ sign) - sign;",
+            "return bits ^ (sign & ~kSignBit<T>);",
+        ),
+    ),
+    *mutants(
+        "the arg-max counted twice or not at all; ties broken another way",
+        MASKED,
+        "sparsity",
+        "cpu and (K02 or K03 or K05 or K09)",
+        ("c-top-summed-with-the-rest", "        list[i] = kNoKey<T>;\n", ""),
+        ("c-tie-weight-one", "key == selection.threshold ? tie_weight : 0.0", "key == selection.threshold ? 1.0 : 0.0"),
+        ("c-ties-not-summed", "if (tied > 0) {", "if (tied < 0) {"),
+        ("c-top-counts-as-tied", "found.equal - (mask.top == found.threshold)", "found.equal"),
+        ("c-infinite-columns-kept", "if (mask.selection.threshold == -kInfinityKey<T>) {", "if (false) {"),
+    ),
+    *mutants(
+        "columns outside the mask counted in the backward, or ties counted whole",
+        BACKWARD,
+        "sparsity",
+        "cpu and (K02 or K09 or K12)",
+        ("c-backward-without-mask", "keys > threshold ? splat<T>(sced) : tied", "keys == keys ? splat<T>(sced) : tied"),
+        (
+            "c-backward-ties-whole",
+            "tied_sced(static_cast<T>(row.grad_sced * row.tie_weight))",
+            "tied_sced(static_cast<T>(row.grad_sced))",
+        ),
+        ("c-label-without-mask", "row.weight(key_at(logits + target.label))", "1.0"),
+        ("c-top-slope-without-mask", "  row.top_slope *= row.weight(key_at(logits + row.argmax));\n", ""),
+    ),
+    *mutants(
+        "k from NaN, floor",
+        ROW_MATH,
+        "sparsity",
+        "K09_K10",
+        ("c-floor-instead-of-ceil", "ceil(k_scale * exp(entropy))", "floor(k_scale * exp(entropy))"),
+        (
+            "c-nan-becomes-an-index",
+            "if (!(wanted > static_cast<double>(k_min)))",
+            "if (wanted <= static_cast<double>(k_min))",
+        ),
+    ),
+    *mutants(
+        "threads share the memory of their lists",
+        LAUNCH,
+        "determinism sparsity",
+        "masks and cpu",
+        ("c-shared-workspace", "omp_get_thread_num() * workspace_bytes", "0 * workspace_bytes"),
+    ),
+    *mutants(
+        "k off by one; lists that overflow; a sample that is believed",
+        T_SELECT,
+        "sparsity triton_selection",
+        "triton and (K02 or K03 or K04 or K05 or too_short or keys)",
+        ("t-rank-off-by-one", ".to(tl.int32)) >= rank:", ".to(tl.int32)) > rank:"),
+        ("t-overflow-unnoticed", "(tl.max(used) <= SELECT.depth) & (listed >= k)", "listed >= k"),
+        ("t-sample-believed", "(tl.max(used) <= SELECT.depth) & (listed >= k)", "tl.max(used) <= SELECT.depth"),
+        ("t-finite-columns-not-counted", "tl.where(low == lowest, tl.minimum(k, listed), k)", "k"),
+        ("t-sign-of-keys-dropped", "return tl.where(bits < 0, -magnitude, magnitude)", "return magnitude"),
+        ("t-tied-maxima-forgotten", "others = top_weight * (at_maximum - 1).to(tl.float64)", "others = top_weight * 0"),
+        ("t-ties-not-summed", "density += tied * row_math", "density += 0 * tied * row_math"),
+    ),
+    *mutants(
+        "columns outside the mask counted in the backward",
+        T_BACKWARD,
+        "sparsity",
+        "triton and (K02 or K12 or exponents)",
+        (
+            "t-top-slope-without-mask",
+            "            top_slope *= row_math.mask_weight(",
+            "            row_math.mask_weight(",
+        ),
+    ),
+    *mutants(
+        "ties counted whole; k from NaN",
+        T_ROW_MATH,
+        "sparsity",
+        "triton and (K02 or K03 or K05)",
+        ("t-ties-count-whole", "tl.where(z == threshold, tie_weight, 0.0)", "tl.where(z == threshold, 1.0, 0.0)"),
+    ),
+]
