@@ -13,6 +13,7 @@ import torch
 import triton_interpreter
 
 from caref_kernels import backends
+from caref_kernels.config import RowSpec
 
 # The emulation of the CUDA kernels is a backend of the suite alone.
 BACKENDS = (*backends.ORDER, cuda_emulated.NAME)
@@ -66,6 +67,7 @@ def _backend_fixture(name: str, names: Iterable[str], meaning: str):
     @pytest.fixture(params=tuple(names), name=name)
     def fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         chosen = _runnable(request.param, request.config)
+        _skip_what_it_cannot_do(chosen, getattr(request.module, "SPEC", None))
         if cuda_device.device_of(chosen) == "cuda":
             cuda_device.move_tensors_of(request.module, "cuda", monkeypatch)
         return chosen
@@ -110,6 +112,13 @@ def _runnable(name: str, config: pytest.Config) -> str:
     if name in _required(config):
         pytest.fail(f"backend {name!r} is required and cannot run: {reason}")
     pytest.skip(f"backend {name!r}: {reason}")
+
+
+def _skip_what_it_cannot_do(name: str, spec: RowSpec | None) -> None:
+    """Of a module whose tests all ask for ``SPEC``."""
+    reason = backends.get(name).unsupported(torch.empty(1, 2, device=cuda_device.device_of(name)), spec)
+    if reason is not None:
+        pytest.skip(f"backend {name!r}: {reason}")
 
 
 @pytest.fixture(autouse=True)

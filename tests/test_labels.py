@@ -62,7 +62,7 @@ def test_label_out_of_range_on_a_device_L01_L02(silent_backend, label, dtype):
         expected = oracle(logits[rows], labels[rows], **options)
         leaf = logits.clone().requires_grad_()
         out = caref_loss(leaf, labels, reduction="none", return_terms=True, backend=silent_backend, **options)
-        assert all(math.isnan(term.detach()[2]) for term in out)
+        assert all(math.isnan(term.detach()[2]) for term in out[:5])
         check_term("loss", out.loss.detach()[rows], expected.terms.loss)
         gradient = torch.autograd.grad(out.loss.sum(), leaf)[0]
         assert torch.count_nonzero(gradient[2]) == 0
