@@ -76,7 +76,7 @@ SPARSE = [
         "cpu and (K03 or K07 or K08)",
         (
             "c-negative-keys-reversed",
-            "return ((bits & ~kSignBit<T>) ^ sign) - sign;",
+            "return (magnitude ^ sign) - sign;",
             "return bits ^ (sign & ~kSignBit<T>);",
         ),
     ),
