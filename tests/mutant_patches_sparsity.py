@@ -76,7 +76,7 @@ SPARSE = [
         "cpu and (K03 or K07 or K08)",
         (
             "c-negative-keys-reversed",
-            "return ((bits & ~kSignBit<T>) ^ sign) - sign;",
+            "return (magnitude ^ sign) - sign;",
             "return bits ^ (sign & ~kSignBit<T>);",
         ),
     ),
@@ -141,7 +141,7 @@ SPARSE = [
         "columns outside the mask counted in the backward",
         T_BACKWARD,
         "sparsity",
-        "triton and (K02 or K12 or exponents)",
+        "triton and K09 and tied_maxima",
         (
             "t-top-slope-without-mask",
             "            top_slope *= row_math.mask_weight(",
@@ -152,7 +152,7 @@ SPARSE = [
         "ties counted whole; k from NaN",
         T_ROW_MATH,
         "sparsity",
-        "triton and (K02 or K03 or K05)",
+        "triton and K09 and tied_maxima",
         ("t-ties-count-whole", "tl.where(z == threshold, tie_weight, 0.0)", "tl.where(z == threshold, 1.0, 0.0)"),
     ),
 ]

@@ -11,7 +11,7 @@ import torch
 from cuda_device import device_of
 from cuda_emulated import PREAMBLE
 
-from caref_kernels import caref_loss
+from caref_kernels import EntropyTopK, TopK, caref_loss
 from caref_kernels.testing import evaluate, make_case
 
 SHAPES = ((1, 5000), (7, 1025), (130, 333), (5000, 17))
@@ -95,3 +95,17 @@ def test_calls_from_several_threads_at_once(backend):
         together = list(pool.map(lambda case: _results(case, backend), cases * 3))
     for one, other in zip(expected * 3, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("policy", [TopK(40), EntropyTopK()], ids=str)
+def test_masks_do_not_depend_on_threads(fused_backend, policy):
+    """Every thread has lists of its own."""
+    case = make_case("normal_1", 48, 9000, seed=9)
+    torch.set_num_threads(1)
+    expected = _results(case, fused_backend, sparsity=policy)
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            for one, other in zip(_results(case, fused_backend, sparsity=policy), expected, strict=True):
+                assert torch.equal(one, other)

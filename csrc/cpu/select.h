@@ -33,7 +33,8 @@ constexpr Key<T> kInfinityKey =
 template <typename T>
 CAREF_HD Keys<T> keys_of(Vec<T> values) {
   const Keys<T> bits = bit_cast<Keys<T>>(values), sign = bits >> (8 * sizeof(T) - 1);
-  return ((bits & ~kSignBit<T>)^sign) - sign;
+  const Keys<T> magnitude = bits & ~kSignBit<T>;
+  return (magnitude ^ sign) - sign;
 }
 
 template <typename T>
