@@ -17,6 +17,7 @@ from caref_kernels.config import RowSpec
 
 # The emulation of the CUDA kernels is a backend of the suite alone.
 BACKENDS = (*backends.ORDER, cuda_emulated.NAME)
+WITHOUT_MASKS = ("cuda", cuda_emulated.NAME)
 DEVICE_CHECKED = (*backends.DEVICE_CHECKED, cuda_emulated.NAME)
 
 
@@ -91,6 +92,13 @@ silent_backend = _backend_fixture(
     "silent_backend",
     DEVICE_CHECKED,
     "The name of each backend that runs here and makes the row of such a label NaN, because it cannot raise.",
+)
+
+
+masking_backend = _backend_fixture(
+    "masking_backend",
+    (name for name in BACKENDS if name not in WITHOUT_MASKS),
+    "The name of each backend that runs here and has top-k selection.",
 )
 
 

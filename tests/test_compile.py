@@ -89,12 +89,17 @@ def test_inductor_gives_the_same_bits_C02(backend, reduction):
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True), case))
 
 
-def test_masks_compile_C02(backend):
+def test_masks_compile_C02(masking_backend):
     """The policy is made inside the compiled function; its support comes out of it."""
 
     def step(logits, labels):
         out = caref_loss(
-            logits * 1.0, labels, sparsity=EntropyTopK(scale=0.5), return_terms=True, backend=backend, reduction="none"
+            logits * 1.0,
+            labels,
+            sparsity=EntropyTopK(scale=0.5),
+            return_terms=True,
+            backend=masking_backend,
+            reduction="none",
         )
         return out.loss, out.sced, out.support
 
