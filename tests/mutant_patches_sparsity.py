@@ -103,7 +103,11 @@ SPARSE = [
             "tied_sced(static_cast<T>(row.grad_sced))",
         ),
         ("c-label-without-mask", "kIsMasked<Kind> ? row.weight(key_at(place)) : 1.0", "1.0"),
-        ("c-top-slope-without-mask", "  if constexpr (kIsMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));\n", ""),
+        (
+            "c-top-slope-without-mask",
+            "  if constexpr (kIsMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));\n",
+            "",
+        ),
     ),
     *mutants(
         "k from NaN, floor",
