@@ -1,0 +1,82 @@
+"""Negative controls in compiled code: the Triton kernels with a mistake in their source must not pass.
+
+The package is copied, one line is changed, and a stage of the copy runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from .report import judge
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Patch(NamedTuple):
+    """A mistake: in which file, what becomes of which text, and the stage that must notice."""
+
+    path: str
+    old: str
+    new: str
+    stage: str
+
+
+PATCHES = {
+    "unmasked tail": Patch(
+        "backends/triton/rows.py", 'mask=column < columns, other=float("-inf")', 'mask=column < columns + 8, other=float("-inf")',
+        "smoke",
+    ),
+    "32-bit row offset": Patch(
+        "backends/triton/rows.py", "(row % inner_rows) * inner_stride.to(tl.int64)\n",
+        "((row % inner_rows) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n", "large",
+    ),
+    "label not checked": Patch(
+        "backends/triton/rows.py", "inside = (label >= 0) & (label < columns)", "inside = label == label", "labels",
+    ),
+}  # fmt: skip
+
+
+def plant(patch: Patch, folder: Path) -> Path:
+    """A copy of the package with ``patch``, under ``folder``.
+
+    Raises:
+        ValueError: the text does not occur exactly once.
+    """
+    copy = folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (copy / patch.path).read_text()
+    if text.count(patch.old) != 1:
+        raise ValueError(f"{patch.path} must hold {patch.old!r} exactly once; it does {text.count(patch.old)} times")
+    (copy / patch.path).write_text(text.replace(patch.old, patch.new))
+    return copy
+
+
+def controls(backend: str, seconds: float, device: str = "cuda", scale: float = 1.0) -> dict:
+    """Every patch against its stage; caught if the stage fails or its process dies on the device."""
+    verdicts = {}
+    for name, patch in PATCHES.items():
+        with tempfile.TemporaryDirectory(prefix="caref-control-") as folder:
+            plant(patch, Path(folder))
+            result = Path(folder, "result.json")
+            command = [sys.executable, "-m", "caref_kernels.gpucheck", "--worker", patch.stage, "--backend", backend]
+            command += ["--device", device, "--result", str(result), "--seconds", str(seconds / len(PATCHES))]
+            command += ["--scale", str(scale), "--without-controls"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False)
+            verdicts[name] = _verdict(done, result)
+    return {"cases": len(PATCHES), "failed": [], "controls": verdicts}
+
+
+def _verdict(done: subprocess.CompletedProcess, result: Path) -> str:
+    if result.is_file():
+        status, detail = judge(json.loads(result.read_text()))
+        return "caught" if status == "fail" else f"{status}: {detail}"
+    if done.returncode < 0 or "illegal memory access" in done.stderr:
+        return "caught"
+    return f"ended with {done.returncode}: {done.stderr[-300:]}"
+
