@@ -64,7 +64,7 @@ def _work(options: argparse.Namespace) -> int:
         return 0
     stage = stages.BY_NAME[options.worker]
     try:
-        found = stages.run(stage, subject, options.seconds, options.capability, not options.without_controls)
+        found = stages.run(stage, subject, options.seconds, options.capability, options.first_check)
     except Unsupported as reason:
         found = {"unsupported": str(reason)}
     options.result.write_text(json.dumps(found))
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
-    parser.add_argument("--without-controls", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--first-check", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
