@@ -141,13 +141,23 @@ def extra_memory(workspace: Workspace, provider: Provider) -> int:
     workspace.repeat(provider)  # whatever is made once
     logits = workspace.refresh()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = resident_bytes(reset_peak=True)
     result = workspace.forward(provider, logits)
     gradient = workspace.backward(provider, logits, result)
-    peak = _status_bytes("VmHWM")
+    peak = resident_bytes(peak=True)
     del gradient
     return max(0, peak - before)
+
+
+def resident_bytes(*, peak: bool = False, reset_peak: bool = False) -> int:
+    """The resident set of this process, or its peak since the last reset.
+
+    Raises:
+        OSError: the kernel does not let a process reset its peak.
+    """
+    if reset_peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmHWM" if peak else "VmRSS")
 
 
 def _page_faults() -> int:

@@ -3,8 +3,27 @@
 from .backends import explain
 from .config import CarefConfig
 from .functional import CarefOutput, caref_loss, fused_sced
-from .modules import CarefLoss, SCEDLoss
+from .fused_linear import linear_caref_loss
+from .modules import CarefLoss, LinearCarefLoss, SCEDLoss
+from .sparsity import EntropyTopK, TopK
+from .vocab_parallel import VocabShard, vocab_parallel_caref_loss, vocab_parallel_linear_caref_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["CarefConfig", "CarefLoss", "CarefOutput", "SCEDLoss", "__version__", "caref_loss", "explain", "fused_sced"]
+__all__ = [
+    "CarefConfig",
+    "CarefLoss",
+    "CarefOutput",
+    "EntropyTopK",
+    "LinearCarefLoss",
+    "SCEDLoss",
+    "TopK",
+    "VocabShard",
+    "__version__",
+    "caref_loss",
+    "explain",
+    "fused_sced",
+    "linear_caref_loss",
+    "vocab_parallel_caref_loss",
+    "vocab_parallel_linear_caref_loss",
+]

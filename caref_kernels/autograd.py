@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, linear_chunks, ops
 from .config import RowSpec
+from .linear_chunks import Head, Needs
+from .shards import ShardRows
 
 
 class Plan(NamedTuple):
@@ -61,7 +63,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx, gradient: Tensor, *inputs: Tensor | None) -> Tensor:  # noqa: ARG004
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -100,3 +102,161 @@ def _differentiable_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor
     grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
     spec = ctx.plan.spec.for_columns(logits.size(-1))
     return backends.get("reference").gradient(grad_terms, logits, targets, spec)
+
+
+class LinearPlan(NamedTuple):
+    """Everything but tensors that one call of the loss of a head needs."""
+
+    spec: RowSpec
+    backend: str
+    weights: tuple[float, float, float]
+    per_row: bool
+    with_terms: bool  # whether the terms are differentiable results too
+    needs: tuple[bool, bool, bool]  # gradients of hidden, weight and bias
+    chunk_rows: int  # 0 chooses
+    dtype: torch.dtype  # of the products: that of the tensors, or autocast's
+    shard: ShardRows | None = None  # the columns are spread over several ranks
+    reduce_hidden: bool = False  # whether the ranks add their gradients of hidden
+
+
+class LinearCarefFunction(torch.autograd.Function):
+    """(loss, terms, statistics) of hidden (N, D), weight (V, D) and bias (V,), as :class:`CarefFunction`.
+
+    The gradients of a reduced loss are made in the forward pass, where the logits of a chunk are at hand, with the
+    weights of the terms alone: divisor and incoming gradient are applied in the backward, in the accumulation dtype, so
+    that nothing underflows in 16 bits before a loss scale arrives.  Everything else (per-row losses, gradients of
+    single terms, a second backward of a retained graph) computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, divisor, plan: LinearPlan):  # noqa: PLR0913
+        head = _cast_head((hidden, weight, bias), plan.dtype)
+        is_compiling = torch.compiler.is_compiling()
+        # A compiled backward gets gradients of the terms, zeros, even where nothing was done with them.
+        later = plan.per_row or (plan.with_terms and is_compiling)
+        now = [need and not later for need in plan.needs]
+        terms, stats, *gradients = _linear_forward(head, targets, now, plan)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
+        saved = gradients if is_compiling and any(now) else ()
+        ctx.save_for_backward(hidden, weight, bias, targets, divisor, stats, *saved)
+        ctx.gradients = gradients if any(now) and not is_compiling else None
+        ctx.plan = plan
+        ctx.mark_non_differentiable(*((stats,) if plan.with_terms else (reduced, stats)))
+        ctx.set_materialize_grads(False)
+        return loss, reduced, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
+        grad_reduced = grad_reduced if ctx.plan.with_terms else None
+        if grad_loss is None and grad_reduced is None:
+            return (None,) * 6
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            gradients = _linear_gradients(ctx, grad_loss, grad_reduced)
+        if create_graph:
+            inputs = ctx.saved_tensors[:3]
+            gradients = [
+                None if gradient is None else _RefuseSecondDerivative.apply(gradient, *inputs) for gradient in gradients
+            ]
+        return *gradients, None, None, None
+
+
+def _cast_head(head: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if value is None else value.to(dtype) for value in head]
+
+
+def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> list[Tensor | None]:
+    hidden, weight, bias, targets, divisor, stats, *saved = ctx.saved_tensors
+    plan = ctx.plan
+    ready, ctx.gradients = saved or ctx.gradients, None
+    if ready and grad_reduced is None:
+        scale = grad_loss if divisor is None else _divided(grad_loss, divisor)
+        gradients = [_scaled(gradient, scale, may_overwrite=not saved) for gradient in ready]
+    else:
+        grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+        head = _cast_head((hidden, weight, bias), plan.dtype)
+        gradients = _linear_backward(grad_terms, head, targets, stats, plan)
+    inputs = (hidden, weight, bias)
+    gradients = [
+        gradient.to(value.dtype) if need else None
+        for gradient, value, need in zip(gradients, inputs, plan.needs, strict=True)
+    ]
+    if plan.reduce_hidden and plan.needs[0]:
+        gradients[0] = plan.shard.exchange.total(gradients[0])
+    return gradients
+
+
+def _linear_forward(head: list[Tensor | None], targets: Tensor, needs: list[bool], plan: LinearPlan):
+    if plan.shard is None:
+        return ops.linear_forward(*head, targets, plan.weights, needs, plan.chunk_rows, *plan.spec, plan.backend)
+    with torch.autocast(head[0].device.type, enabled=False):
+        return linear_chunks.forward(
+            Head(*head), targets, plan.shard, plan.spec, plan.weights, Needs(*needs), plan.chunk_rows
+        )
+
+
+def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets: Tensor, stats: Tensor, plan: LinearPlan):
+    if plan.shard is None:
+        return ops.linear_backward(
+            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend
+        )
+    with torch.autocast(head[0].device.type, enabled=False):
+        return linear_chunks.backward(
+            grad_terms, Head(*head), targets, stats, plan.shard, plan.spec, Needs(*plan.needs), plan.chunk_rows
+        )
+
+
+def _divided(grad_loss: Tensor, divisor: Tensor) -> Tensor:
+    """grad_loss / divisor; 0 where the mean is over no row, whose gradient is 0 although the loss is NaN."""
+    divisor = divisor.to(grad_loss.device)
+    return torch.where(divisor == 0, 0.0, grad_loss / divisor)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, may_overwrite: bool) -> Tensor:
+    """gradient * scale in the dtype of ``scale``."""
+    if gradient.dtype != scale.dtype:
+        return gradient.to(scale.dtype) * scale
+    return gradient.mul_(scale) if may_overwrite else gradient * scale
+
+
+class ShardPlan(NamedTuple):
+    """Everything but tensors that one call of the loss of a rank's columns needs."""
+
+    rows: ShardRows
+    weights: tuple[float, float, float]
+    per_row: bool
+    inplace_backward: bool
+
+
+class ShardFunction(torch.autograd.Function):
+    """(loss, terms, statistics) of this rank's columns (N, V_local), as :class:`CarefFunction`; the ranks exchange
+    what they need in the forward, nothing in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, divisor: Tensor | None, plan: ShardPlan):
+        terms, stats = plan.rows.forward(logits, targets)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        ctx.save_for_backward(logits, targets, divisor, stats)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, reduced, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
+        if grad_loss is None and grad_reduced is None:
+            return (None,) * 4
+        create_graph = torch.is_grad_enabled()
+        logits, targets, divisor, stats = ctx.saved_tensors
+        plan = ctx.plan
+        with torch.no_grad():
+            grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+            gradient = logits.detach() if plan.inplace_backward else torch.empty_like(logits)
+            plan.rows.backward(grad_terms, logits, targets, stats, gradient)
+            if plan.inplace_backward:
+                torch.autograd.graph.increment_version(logits)
+        if create_graph:
+            gradient = _RefuseSecondDerivative.apply(gradient, logits)
+        return gradient, None, None, None

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
+from .sparsity import Budget, Sparsity, check_sparsity
+
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
@@ -29,10 +31,27 @@ class RowSpec(NamedTuple):
     vocab_size: int  # V of U = 1/V; 0 stands for the number of columns, so that a traced graph fits any number
     ignore_index: int
     with_sced: bool  # False skips the divergence sums: its column of the terms is then 0
+    # The mask of SCED, flat, because operators take numbers: see sparsity.Budget.
+    k_scale: float = 0.0
+    k_min: int = 0
+    k_max: int = 0
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether SCED is summed over the top k of a row instead of over all of it."""
+        return self.k_min > 0
+
+    @property
+    def budget(self) -> Budget:
+        """The fields of the mask."""
+        return Budget(self.k_scale, self.k_min, self.k_max)
 
     def for_columns(self, columns: int) -> RowSpec:
-        """With ``vocab_size`` as a number: what backends get."""
-        return self if self.vocab_size else self._replace(vocab_size=columns)
+        """With ``vocab_size`` and ``k_max`` as numbers, and k within the row: what backends get."""
+        spec = self if self.vocab_size else self._replace(vocab_size=columns)
+        if not self.is_masked:
+            return spec
+        return spec._replace(k_min=min(self.k_min, columns), k_max=min(self.k_max or columns, columns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +63,8 @@ class CarefConfig:
         beta: exponent of ``(1 - p)``, 0 or a real number in [0.1, 16].
         lambda_sced: weight of the SCED term, finite and not negative; 0 skips its work.
         lambda_kl: weight of the KL(p || U) term, finite and not negative.
+        sparsity: the tokens that count in SCED: ``None`` (all of them, the paper's equation), a
+            :class:`caref_kernels.TopK` or a :class:`caref_kernels.EntropyTopK`.
         ignore_index: label of the rows that are left out.
         reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
         vocab_size: V of ``U = 1/V``; ``None`` takes the number of columns of the logits.  The softmax always runs over
@@ -60,6 +81,7 @@ class CarefConfig:
     beta: float = 1.0
     lambda_sced: float = 0.1
     lambda_kl: float = 0.1
+    sparsity: Sparsity | None = None
     ignore_index: int = -100
     reduction: Reduction = "mean"
     vocab_size: int | None = None
@@ -72,6 +94,7 @@ class CarefConfig:
         _check_beta(self.beta)
         _check_weight("lambda_sced", self.lambda_sced)
         _check_weight("lambda_kl", self.lambda_kl)
+        check_sparsity(self.sparsity)
         _check_integer("ignore_index", self.ignore_index, *INT64_RANGE)
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of 'mean', 'sum', 'none'; got {self.reduction!r}")
@@ -96,7 +119,8 @@ class CarefConfig:
             )
         vocab_size = 0 if self.vocab_size is None else int(self.vocab_size)
         with_sced = self.lambda_sced != 0 or self.return_terms
-        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced)
+        budget = self.sparsity.budget() if self.sparsity is not None and with_sced else Budget()
+        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced, *budget)
 
 
 def _check_alpha(alpha: object) -> None:

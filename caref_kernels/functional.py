@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, objective
 from .autograd import CarefFunction, Plan
 from .config import CarefConfig, Reduction
+from .sparsity import Sparsity
 
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
@@ -20,7 +21,8 @@ class CarefOutput(NamedTuple):
     """The loss and its terms, all reduced alike; shapes () for "mean" and "sum", those of the labels for "none".
 
     ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weigh the terms itself;
-    ``entropy`` (nats) is not: it is ``log V - kl``.
+    ``entropy`` (nats) is not: it is ``log V - kl``.  ``support`` is k_t, the number of tokens in a row's mask; ``None``
+    without ``sparsity``.
     """
 
     loss: Tensor
@@ -28,6 +30,7 @@ class CarefOutput(NamedTuple):
     sced: Tensor
     kl: Tensor
     entropy: Tensor
+    support: Tensor | None = None
 
 
 def fused_sced(
@@ -36,6 +39,7 @@ def fused_sced(
     valid: Tensor | None = None,
     alpha: float = CarefConfig.alpha,
     beta: float = CarefConfig.beta,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
     vocab_size: int | None = CarefConfig.vocab_size,
@@ -54,6 +58,9 @@ def fused_sced(
         valid: ``(...)``, bool or integer; rows with 0 contribute nothing and get a zero gradient, whatever they hold.
         alpha: in [1, 16].
         beta: 0, or in [0.1, 16].
+        sparsity: the tokens that count: ``None``, all of them, as in the equation; :class:`caref_kernels.TopK`, the k
+            largest logits; :class:`caref_kernels.EntropyTopK`, as many as the row's entropy asks for.  Tied logits at
+            the k-th place share what is left of k.
         reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
         num_items: divisor that replaces the number of valid rows in ``"mean"``: a positive number, or a 0-D tensor,
             which is read without a synchronisation.
@@ -69,14 +76,17 @@ def fused_sced(
         ValueError: a shape or a range mismatch; the message gives both values.
         NotImplementedError: an explicit backend that cannot run (with its reason), or a torch.func transform.
     Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
-        1 - p = 1e-12.  Deterministic: the same bits on every run and for any number of threads.
-    Memory: saves the logits and (N, 5) row statistics; the backward makes the gradient, or nothing if in place.
+        1 - p = 1e-12, given k_t; ceil(scale * exp(H)) itself may differ by one from one backend to another.
+        Deterministic: the same bits on every run and for any number of threads.
+    Memory: saves the logits and (N, 5) row statistics, (N, 8) with a mask; the backward makes the gradient, or nothing
+        if in place.
     """
     config = CarefConfig(
         alpha=alpha,
         beta=beta,
         lambda_sced=1.0,
         lambda_kl=0.0,
+        sparsity=sparsity,
         reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
@@ -93,6 +103,7 @@ def caref_loss(
     beta: float = CarefConfig.beta,
     lambda_sced: float = CarefConfig.lambda_sced,
     lambda_kl: float = CarefConfig.lambda_kl,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
@@ -112,8 +123,8 @@ def caref_loss(
         lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
         lambda_kl: weight of KL, finite and >= 0.
         ignore_index: label of the rows that are left out of every term.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy) from the same pass.
-        alpha, beta, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, support) from the same pass.
+        alpha, beta, sparsity, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
     Returns:
         The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats.
     Raises:
@@ -126,6 +137,7 @@ def caref_loss(
         beta=beta,
         lambda_sced=lambda_sced,
         lambda_kl=lambda_kl,
+        sparsity=sparsity,
         ignore_index=ignore_index,
         reduction=reduction,
         vocab_size=vocab_size,
@@ -138,7 +150,7 @@ def caref_loss(
 
 def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`fused_sced` with its options already in a configuration (the lambdas are not read)."""
-    _check_logits(logits)
+    check_logits("logits", logits)
     mask = None if valid is None else _check_valid(valid, logits)
     loss, *_ = _run(logits, mask, num_items, config, (0.0, 1.0, 0.0))
     return loss
@@ -146,28 +158,35 @@ def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Te
 
 def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`caref_loss` with its options already in a configuration."""
-    _check_logits(logits)
-    labels = _check_labels(labels, logits)
+    check_logits("logits", logits)
+    labels = check_labels(labels, logits)
     weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
-    loss, terms, stats, divisor = _run(logits, labels, num_items, config, weights)
+    return name_results(*_run(logits, labels, num_items, config, weights), config)
+
+
+def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Tensor | None, config: CarefConfig):
+    """The loss, or the loss with its terms, as the configuration asks."""
     if not config.return_terms:
         return loss
     shape = loss.shape
     entropy = objective.entropy(*(stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift")))
+    observed = [entropy]
+    if config.sparsity is not None:
+        observed.append(stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")])
     if config.reduction != "none":
-        entropy = entropy.sum() if divisor is None else entropy.sum() / divisor
-    ce, sced, kl = (term.reshape(shape) for term in terms.unbind(-1))
-    return CarefOutput(loss, ce, sced, kl, entropy.reshape(shape))
+        observed = [value.sum() if divisor is None else value.sum() / divisor for value in observed]
+    values = (*terms.unbind(-1), *observed)
+    return CarefOutput(loss, *(value.reshape(shape) for value in values))
 
 
 def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):
     rows = _as_rows(logits)
-    name = backends.select(config.backend, rows)
-    if config.inplace_backward:
-        _check_inplace(logits, rows)
-    divisor = _divisor(logits, targets, num_items, config)
-    per_row = config.reduction == "none"
     spec = config.row_spec(rows.size(-1))
+    name = backends.select(config.backend, rows, spec)
+    if config.inplace_backward:
+        check_inplace(logits, rows)
+    divisor = divisor_of(logits, targets, num_items, config)
+    per_row = config.reduction == "none"
     plan = Plan(spec, name, weights, per_row, config.inplace_backward)
     loss, terms, stats = CarefFunction.apply(rows, targets, divisor, plan)
     return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
@@ -180,7 +199,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() <= 3 else logits.reshape(-1, logits.size(-1))
 
 
-def _divisor(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Tensor | None:
+def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Tensor | None:
     """The 0-D divisor of "mean", made on the device without reading anything back."""
     if num_items is not None:
         return _check_num_items(num_items, logits, config)
@@ -193,13 +212,14 @@ def _divisor(logits: Tensor, targets: Tensor | None, num_items, config: CarefCon
     return counts.sum().to(dtype)
 
 
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.layout != torch.strided or logits.is_nested:
-        raise TypeError(f"logits: expected a dense torch.Tensor; got {_describe(logits)}")
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A dense, plain floating-point tensor outside torch.func, or a TypeError (NotImplementedError) that says why."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense torch.Tensor; got {describe(tensor)}")
     if not torch.compiler.is_compiling():
-        if type(logits).__name__ not in _TENSOR_TYPES:
+        if type(tensor).__name__ not in _TENSOR_TYPES:
             raise TypeError(
-                f"logits: expected a plain torch.Tensor; got the subclass {type(logits).__name__} "
+                f"{name}: expected a plain torch.Tensor; got the subclass {type(tensor).__name__} "
                 f"(convert it first, for a DTensor with full_tensor())"
             )
         if torch._C._are_functorch_transforms_active():
@@ -207,42 +227,48 @@ def _check_logits(logits: Tensor) -> None:
                 "caref_kernels does not support torch.func transforms (grad, vmap, jvp, ...); use torch.autograd.grad, "
                 "or differentiate caref_kernels.objective, which is plain PyTorch"
             )
-    if logits.dtype not in backends.LOGITS_DTYPES:
+    if tensor.dtype not in backends.LOGITS_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in backends.LOGITS_DTYPES)
-        raise TypeError(f"logits: dtype must be one of {accepted}; got {logits.dtype}")
-    if logits.dim() < 2 or logits.size(-1) == 0 or logits.size(-1) > objective.MAX_COLUMNS:
+        raise TypeError(f"{name}: dtype must be one of {accepted}; got {tensor.dtype}")
+
+
+def check_logits(name: str, logits: Tensor, least_columns: int = 1) -> None:
+    """Logits (..., V) of a dtype and size that the kernels take, or an error that says why not."""
+    check_floating(name, logits)
+    if logits.dim() < 2 or not least_columns <= logits.size(-1) <= objective.MAX_COLUMNS:
         raise ValueError(
-            f"logits: expected shape (..., V) with at least one leading dimension and V in "
-            f"[1, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
+            f"{name}: expected shape (..., V) with at least one leading dimension and V in "
+            f"[{least_columns}, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
         )
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
+def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
+    """The labels as (N,), contiguous; ``of`` names the tensor that they label."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a torch.Tensor; got {_describe(labels)}")
+        raise TypeError(f"labels: expected a torch.Tensor; got {describe(labels)}")
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels: target must hold class indices (int32 or int64); got {labels.dtype}")
-    _check_row_shape("labels", labels, logits)
+    _check_row_shape("labels", labels, logits, of)
     return labels.reshape(-1).contiguous()
 
 
 def _check_valid(valid: Tensor, logits: Tensor) -> Tensor:
     if not isinstance(valid, Tensor):
-        raise TypeError(f"valid: expected a torch.Tensor; got {_describe(valid)}")
+        raise TypeError(f"valid: expected a torch.Tensor; got {describe(valid)}")
     if valid.dtype.is_floating_point or valid.dtype.is_complex:
         raise TypeError(f"valid: expected a bool or integer mask; got {valid.dtype}")
     _check_row_shape("valid", valid, logits)
     return (valid != 0).reshape(-1).contiguous()
 
 
-def _check_row_shape(name: str, rows: Tensor, logits: Tensor) -> None:
+def _check_row_shape(name: str, rows: Tensor, logits: Tensor, of: str = "logits") -> None:
     if rows.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{name}: expected shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}; "
+            f"{name}: expected shape {tuple(logits.shape[:-1])} for {of} of shape {tuple(logits.shape)}; "
             f"got {tuple(rows.shape)}"
         )
     if rows.device != logits.device:
-        raise ValueError(f"{name}: on {rows.device}, but logits are on {logits.device}")
+        raise ValueError(f"{name}: on {rows.device}, but {of} are on {logits.device}")
 
 
 def _check_num_items(num_items, logits: Tensor, config: CarefConfig) -> Tensor:
@@ -251,7 +277,7 @@ def _check_num_items(num_items, logits: Tensor, config: CarefConfig) -> Tensor:
     dtype = objective.accumulation_dtype(logits.dtype)
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0 or num_items.dtype.is_complex or num_items.dtype == torch.bool:
-            raise ValueError(f"num_items: expected a real 0-D tensor; got {_describe(num_items)}")
+            raise ValueError(f"num_items: expected a real 0-D tensor; got {describe(num_items)}")
         if num_items.device.type != "cpu" and num_items.device != logits.device:
             raise ValueError(f"num_items: on {num_items.device}, but logits are on {logits.device}")
         # On an accelerator the value is not read: that would be a synchronisation.
@@ -259,7 +285,7 @@ def _check_num_items(num_items, logits: Tensor, config: CarefConfig) -> Tensor:
             _check_count(num_items.item())
         return num_items.detach().to(dtype)
     if isinstance(num_items, bool) or not isinstance(num_items, Real):
-        raise TypeError(f"num_items: expected a number or a 0-D tensor; got {_describe(num_items)}")
+        raise TypeError(f"num_items: expected a number or a 0-D tensor; got {describe(num_items)}")
     _check_count(num_items)
     return torch.full((), float(num_items), dtype=dtype, device=logits.device)
 
@@ -269,7 +295,8 @@ def _check_count(value: float) -> None:
         raise ValueError(f"num_items must be finite and > 0; got {value!r}")
 
 
-def _check_inplace(logits: Tensor, rows: Tensor) -> None:
+def check_inplace(logits: Tensor, rows: Tensor) -> None:
+    """Raise unless the gradient may be written where the ``logits`` lie, whose view as rows is ``rows``."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
     if rows.data_ptr() != logits.data_ptr():
@@ -283,7 +310,8 @@ def _check_inplace(logits: Tensor, rows: Tensor) -> None:
         raise ValueError("inplace_backward=True would overwrite a leaf that requires grad; pass an intermediate result")
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """What a message says about a value."""
     if isinstance(value, Tensor):
         shape = "(nested)" if value.is_nested else tuple(value.shape)
         return f"a {value.layout} tensor of shape {shape}, {value.dtype}"

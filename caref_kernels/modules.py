@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .config import CarefConfig
 from .functional import CarefOutput, caref_from_config, sced_from_config
+from .fused_linear import check_chunk_rows, linear_from_config
 
 
 class _ConfiguredLoss(nn.Module):
@@ -35,6 +36,33 @@ class CarefLoss(_ConfiguredLoss):
     def forward(self, logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.caref_loss` for shapes, dtypes, errors, precision and memory."""
         return caref_from_config(logits, labels, num_items, self.config)
+
+
+class LinearCarefLoss(_ConfiguredLoss):
+    """:func:`caref_kernels.linear_caref_loss` as a module: ``LinearCarefLoss()(hidden, lm_head.weight, labels)``.
+
+    Args:
+        config: a :class:`CarefConfig`, or give its fields as keywords.
+        chunk_rows: as in :func:`linear_caref_loss`.
+    Raises:
+        TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`linear_caref_loss`.
+    """
+
+    def __init__(self, config: CarefConfig | None = None, *, chunk_rows: int | None = None, **options) -> None:
+        super().__init__(config, **options)
+        check_chunk_rows(chunk_rows)
+        self.chunk_rows = chunk_rows
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | CarefOutput:
+        """See :func:`caref_kernels.linear_caref_loss` for shapes, dtypes, errors, precision and memory."""
+        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.chunk_rows)
 
 
 class SCEDLoss(_ConfiguredLoss):

@@ -25,6 +25,9 @@ G = sum_{v != a} p_v f'_v.
     dKL/dz_j   = p_j (y_j - ybar)               no log V and no cancellation
     dCE/dz_j   = p_j - [j = t],  and -q_a for j = t = a
 
+With a mask w (sparsity.py) SCED = sum_v w_v f(p_v), and w_v f'_v takes the place of f'_v everywhere: columns outside
+the mask still receive the softmax term.
+
 For beta < 1, f'_a grows like q_a^(beta-1) while p_j shrinks like q_a; the product is formed as
 (e_j / r) * (q_a p_a f'_a), whose two factors stay in range.
 
@@ -44,12 +47,13 @@ import torch
 from torch import Tensor
 
 from .config import RowSpec
+from .sparsity import RowMask, row_support, top_mask
 
 # Columns of the per-row terms and statistics that every backend returns.
 TERMS = ("ce", "sced", "kl")
 STATISTICS = ("maximum", "argmax", "residual", "mean_shift", "slope_sum")
+MASK_STATISTICS = ("support", "threshold", "tie_weight")  # further columns of rows with a mask
 NUM_TERMS = len(TERMS)
-NUM_STATISTICS = len(STATISTICS)
 
 # y is clamped here from below (with a select, so that NaN passes): e^y is 0 there, and y * e^y must be 0, not NaN.
 SHIFT_FLOOR = -1.0e4
@@ -69,6 +73,12 @@ class ShiftedRows(NamedTuple):
     argmax: Tensor  # (N, 1) int64
     residual: Tensor  # (N, 1) r
     raw_shift: Tensor  # (N, V) y before the clamp, for the cross-entropy of unlikely labels
+    mask: RowMask | None = None
+
+
+def statistics_of(spec: RowSpec) -> tuple[str, ...]:
+    """The columns of the row statistics for ``spec``."""
+    return STATISTICS + MASK_STATISTICS if spec.is_masked else STATISTICS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,6 +97,14 @@ def shift_rows(logits: Tensor) -> ShiftedRows:
     residual = weight.sum(-1, keepdim=True)
     residual = torch.where(torch.isfinite(maximum), residual, torch.nan)
     return ShiftedRows(shift, weight, is_top, maximum, argmax, residual, raw_shift)
+
+
+def mask_rows(rows: ShiftedRows, logits: Tensor, spec: RowSpec) -> ShiftedRows:
+    """``rows`` of ``logits`` with the mask of ``spec``; as they are if it has none."""
+    if not spec.is_masked:
+        return rows
+    row_entropy = entropy(rows.residual, _mean_shift(rows)).detach()
+    return rows._replace(mask=top_mask(logits.detach(), row_support(row_entropy, spec.budget)))
 
 
 def log_ratio_offset(residual: Tensor, vocab_size: int) -> Tensor:
@@ -118,10 +136,12 @@ def sced_slope(p: Tensor, log_ratio: Tensor, q: Tensor, alpha: float, beta: floa
 
 
 def row_statistics(rows: ShiftedRows, spec: RowSpec) -> Tensor:
-    """(N, 5): what the backward needs, in the order of ``STATISTICS``."""
+    """(N, S): what the backward needs, in the order of :func:`statistics_of`."""
     mean_shift = _mean_shift(rows)
     slope_sum = _slope_sum(rows, spec) if spec.with_sced else torch.zeros_like(mean_shift)
     columns = (rows.maximum, rows.argmax.to(rows.shift.dtype), rows.residual, mean_shift, slope_sum)
+    if rows.mask is not None:
+        columns = (*columns, torch.where(rows.residual.isnan(), torch.nan, rows.mask.statistics()))
     return torch.cat(columns, -1)
 
 
@@ -189,12 +209,22 @@ def _top(rows: ShiftedRows, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor, Tens
     return 1 / (1 + rows.residual), -log_ratio_offset(rows.residual, spec.vocab_size), q, one_hot
 
 
+def _masked(rows: ShiftedRows, values: Tensor) -> Tensor:
+    """w times ``values`` (N, V)."""
+    return values if rows.mask is None else rows.mask.weight * values
+
+
+def _masked_top(rows: ShiftedRows, values: Tensor) -> Tensor:
+    """w of the arg-max column times ``values`` (N, 1)."""
+    return values if rows.mask is None else rows.mask.weight.gather(-1, rows.argmax) * values
+
+
 def _sced(rows: ShiftedRows, offset: Tensor, spec: RowSpec) -> Tensor:
     p, log_ratio, carries = _rest(rows, spec)
     density = sced_density(p, log_ratio, 1 - p, spec.alpha, spec.beta)
-    rest = torch.where(carries, density, 0.0).sum(-1, keepdim=True)
+    rest = _masked(rows, torch.where(carries, density, 0.0)).sum(-1, keepdim=True)
     p_top, log_ratio_top, q_top, one_hot = _top(rows, spec)
-    top = sced_density(p_top, log_ratio_top, q_top, spec.alpha, spec.beta)
+    top = _masked_top(rows, sced_density(p_top, log_ratio_top, q_top, spec.alpha, spec.beta))
     limit = (-offset).abs() ** spec.alpha if spec.beta == 0 else torch.zeros_like(top)
     return torch.where(one_hot, limit, rest + top)
 
@@ -203,7 +233,7 @@ def _slopes(rows: ShiftedRows, spec: RowSpec) -> Tensor:
     p, log_ratio, carries = _rest(rows, spec)
     q = 1 - p
     slope = sced_slope(p, log_ratio, q, spec.alpha, spec.beta)
-    return torch.where(carries, p * slope / q, 0.0)
+    return _masked(rows, torch.where(carries, p * slope / q, 0.0))
 
 
 def _slope_sum(rows: ShiftedRows, spec: RowSpec) -> Tensor:
@@ -214,7 +244,7 @@ def _sced_gradient(rows: ShiftedRows, p: Tensor, spec: RowSpec) -> Tensor:
     slopes = _slopes(rows, spec)
     slope_sum = slopes.sum(-1, keepdim=True)
     p_top, log_ratio_top, q_top, one_hot = _top(rows, spec)
-    top_slope = p_top * sced_slope(p_top, log_ratio_top, q_top, spec.alpha, spec.beta)
+    top_slope = _masked_top(rows, p_top * sced_slope(p_top, log_ratio_top, q_top, spec.alpha, spec.beta))
     share = rows.weight / torch.where(one_hot, 1.0, rows.residual)
     rest = slopes - p * slope_sum - share * top_slope
     gradient = torch.where(rows.is_top, top_slope - p * slope_sum, rest)

@@ -9,17 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, linear_chunks
 from .config import RowSpec
-from .objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from .linear_chunks import BackendRows, Head, Needs
+from .objective import NUM_TERMS, accumulation_dtype, statistics_of
 
 NAMESPACE = "caref_kernels"
-_SPEC = "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, str backend"
+_SPEC = (
+    "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, "
+    "float k_scale, int k_min, int k_max, str backend"
+)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward(Tensor logits, Tensor? targets, {_SPEC}) -> (Tensor, Tensor)")
 _library.define(f"backward(Tensor grad_terms, Tensor logits, Tensor? targets, Tensor stats, {_SPEC}) -> Tensor")
 _library.define(f"backward_(Tensor grad_terms, Tensor(a!) logits, Tensor? targets, Tensor stats, {_SPEC}) -> ()")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets"
+_library.define(
+    f"linear_forward({_HEAD}, float[] weights, bool[] needs, int chunk_rows, {_SPEC})"
+    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"linear_backward(Tensor grad_terms, {_HEAD}, Tensor stats, bool[] needs, int chunk_rows, {_SPEC})"
+    f" -> (Tensor, Tensor, Tensor)"
+)
 _library.define("reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row) -> (Tensor, Tensor)")
 
 # One C++ float32 sum over more elements than this would be split by the number of threads; smaller ones never are.
@@ -31,15 +44,15 @@ def _num_rows(logits: Tensor) -> int:
     return rows * logits.size(1) if logits.dim() == 3 else rows
 
 
-def _forward(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913
-    spec = RowSpec(alpha, beta, vocab_size, ignore_index, with_sced)
-    return backends.get(backend).forward(logits, targets, spec.for_columns(logits.size(-1)))
+def _forward(logits, targets, *spec_and_backend):
+    *spec, backend = spec_and_backend
+    return backends.get(backend).forward(logits, targets, RowSpec(*spec).for_columns(logits.size(-1)))
 
 
-def _forward_fake(logits, targets, alpha, beta, vocab_size, ignore_index, with_sced, backend):  # noqa: PLR0913, ARG001
+def _forward_fake(logits, targets, *spec_and_backend):  # noqa: ARG001
     dtype = accumulation_dtype(logits.dtype)
-    rows = _num_rows(logits)
-    return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, NUM_STATISTICS), dtype=dtype)
+    rows, columns = _num_rows(logits), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
+    return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, columns), dtype=dtype)
 
 
 def _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend):  # noqa: PLR0913
@@ -88,11 +101,54 @@ def _reduce_fake(terms, divisor, weights, per_row):  # noqa: ARG001
     return terms.new_empty(shape[:-1]), terms.new_empty(shape)
 
 
+def _linear_forward(hidden, weight, bias, targets, weights, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913
+    *spec, backend = spec_and_backend
+    row_spec = RowSpec(*spec).for_columns(weight.size(0))
+    rows = BackendRows(backend, row_spec)
+    head = Head(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if targets is not None:
+            linear_chunks.check_targets(targets, weight.size(0), row_spec)
+        return linear_chunks.forward(head, targets, rows, row_spec, weights, Needs(*needs), chunk_rows)
+
+
+def _linear_forward_fake(hidden, weight, bias, targets, weights, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913, ARG001
+    dtype = accumulation_dtype(hidden.dtype)
+    rows, columns = hidden.size(0), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
+    terms = hidden.new_empty((rows, NUM_TERMS), dtype=dtype)
+    stats = hidden.new_empty((rows, columns), dtype=dtype)
+    return terms, stats, *_fake_gradients(hidden, weight, needs)
+
+
+def _fake_gradients(hidden, weight, needs):
+    dtype = accumulation_dtype(hidden.dtype)
+    shapes = (hidden.shape, hidden.dtype), (weight.shape, dtype), (weight.shape[:1], dtype)
+    return tuple(
+        hidden.new_empty(shape, dtype=kind) if need else hidden.new_empty(0)
+        for (shape, kind), need in zip(shapes, needs, strict=True)
+    )
+
+
+def _linear_backward(grad_terms, hidden, weight, bias, targets, stats, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913
+    *spec, backend = spec_and_backend
+    row_spec = RowSpec(*spec).for_columns(weight.size(0))
+    rows = BackendRows(backend, row_spec)
+    head = Head(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear_chunks.backward(grad_terms, head, targets, stats, rows, row_spec, Needs(*needs), chunk_rows)
+
+
+def _linear_backward_fake(grad_terms, hidden, weight, bias, targets, stats, needs, *chunk_and_spec):  # noqa: PLR0913, ARG001
+    return _fake_gradients(hidden, weight, needs)
+
+
 _IMPLEMENTATIONS = {
     "forward": (_forward, _forward_fake),
     "backward": (_backward, _backward_fake),
     "backward_": (_backward_inplace, _backward_inplace_fake),
     "reduce": (_reduce, _reduce_fake),
+    "linear_forward": (_linear_forward, _linear_forward_fake),
+    "linear_backward": (_linear_backward, _linear_backward_fake),
 }
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -102,3 +158,5 @@ forward = torch.ops.caref_kernels.forward.default
 backward = torch.ops.caref_kernels.backward.default
 backward_ = torch.ops.caref_kernels.backward_.default
 reduce = torch.ops.caref_kernels.reduce.default
+linear_forward = torch.ops.caref_kernels.linear_forward.default
+linear_backward = torch.ops.caref_kernels.linear_backward.default

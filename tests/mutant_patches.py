@@ -162,7 +162,7 @@ ROWS = [
         "(L09 or L10) and reference",
         ("ignored-row-has-terms", "return _finish(terms, counts)", "return terms"),
         ("ignored-row-has-gradient", "return _finish(gradient, counts).to", "return gradient.to"),
-        ("ignored-row-is-read", "torch.where(counts, values, 0.0)), labels", "values), labels"),
+        ("ignored-row-is-read", "torch.where(counts, values, 0.0), spec), labels", "values, spec), labels"),
     ),
     *mutants(
         "label not checked, wrapped to 32 bits, or checked by an assertion",

@@ -26,10 +26,11 @@ from typing import NamedTuple
 
 from mutant_patches import PYTHON, Mutant
 from mutant_patches_compiled import COMPILED
+from mutant_patches_linear import LINEAR
 from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-MUTANTS = [*PYTHON, *TRITON, *COMPILED]
+MUTANTS = [*PYTHON, *LINEAR, *TRITON, *COMPILED]
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed

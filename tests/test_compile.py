@@ -26,8 +26,8 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def _spec(columns, backend):
-    return (2.0, 1.0, columns, -100, True, backend)
+def _spec(columns, backend, budget=(0.0, 0, 0)):
+    return (2.0, 1.0, columns, -100, True, *budget, backend)
 
 
 def _operands(dtype, layout, targets):

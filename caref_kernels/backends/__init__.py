@@ -38,11 +38,14 @@ class Backend(Protocol):
 
     name: str
 
-    def unsupported(self, logits: Tensor) -> str | None:
-        """The reason why this backend cannot take ``logits``, or ``None``."""
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
+        """The reason why this backend cannot take ``logits``, or cannot do what ``spec`` asks for; or ``None``."""
 
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
-        """Terms (N, 3) and statistics (N, 5), float32 (float64 for float64 logits)."""
+        """Terms (N, 3) and statistics (N, S), float32 (float64 for float64 logits).
+
+        S = 5, or 8 with a mask (``objective.statistics_of``).
+        """
 
     def backward(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
@@ -72,8 +75,8 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def select(choice: str, logits: Tensor) -> str:
-    """The name of the backend that runs for ``logits``.
+def select(choice: str, logits: Tensor, spec: RowSpec | None = None) -> str:
+    """The name of the backend that runs for ``logits``, and does what ``spec`` asks for.
 
     Raises:
         ValueError: unknown backend.
@@ -82,12 +85,12 @@ def select(choice: str, logits: Tensor) -> str:
     if choice == "auto":
         choice = _default_choice
     if choice != "auto":
-        reason = get(choice).unsupported(logits)
+        reason = get(choice).unsupported(logits, spec)
         if reason is not None:
-            able = [name for name in ORDER if get(name).unsupported(logits) is None]
+            able = [name for name in ORDER if get(name).unsupported(logits, spec) is None]
             raise NotImplementedError(f"backend {choice!r} cannot run: {reason}; available here: {', '.join(able)}")
         return choice
-    chosen = next(name for name in ORDER if get(name).unsupported(logits) is None)
+    chosen = next(name for name in ORDER if get(name).unsupported(logits, spec) is None)
     if chosen == "reference":
         _warn_slow(logits.device.type)
     return chosen

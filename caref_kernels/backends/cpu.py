@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import RowSpec
-from ..objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
 
 try:
     from .. import _C
@@ -34,10 +34,12 @@ class CpuBackend:
 
     name = "cpu"
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs the compiled module and logits on the CPU."""
         if _C is None:
             return _missing
+        if spec is not None and spec.is_masked:
+            return "its kernels have no top-k selection"
         if logits.device.type != "cpu":
             return f"logits are on {logits.device}, this backend takes CPU tensors"
         return None
@@ -50,7 +52,7 @@ class CpuBackend:
         dtype = accumulation_dtype(logits.dtype)
         rows = params.outer_rows * params.inner_rows
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype)
-        stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype)
+        stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype)
         params.terms, params.stats = terms.data_ptr(), stats.data_ptr()
         _C.forward(params)
         return terms, stats
@@ -75,7 +77,7 @@ def _row_params(logits: Tensor, targets: Tensor | None, spec: RowSpec) -> _C.Row
     params.outer_stride, params.inner_stride = _row_strides(logits)
     if targets is not None:
         params.targets, params.targets_dtype = targets.data_ptr(), _C.DTYPES[str(targets.dtype)]
-    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec
+    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec[:5]
     params.threads = 1 if _is_forked else torch.get_num_threads()
     return params
 

@@ -14,7 +14,7 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Runs wherever torch does."""
         return None
 
@@ -44,7 +44,7 @@ def _prepare(
 ) -> tuple[objective.ShiftedRows, Tensor | None, Tensor | None]:
     values = logits.reshape(-1, logits.size(-1)).to(objective.accumulation_dtype(logits.dtype))
     if targets is None:
-        return objective.shift_rows(values), None, None
+        return _rows(values, spec), None, None
     if targets.dtype == torch.bool:
         labels, counts = None, targets[:, None]
     else:
@@ -56,7 +56,11 @@ def _prepare(
             values = torch.where(counts & ~inside[:, None], torch.nan, values)
         labels = torch.where(inside & counts[:, 0], targets, 0).long()
     # Rows that do not count may hold anything, so they are replaced before any arithmetic.
-    return objective.shift_rows(torch.where(counts, values, 0.0)), labels, counts
+    return _rows(torch.where(counts, values, 0.0), spec), labels, counts
+
+
+def _rows(values: Tensor, spec: RowSpec) -> objective.ShiftedRows:
+    return objective.mask_rows(objective.shift_rows(values), values, spec)
 
 
 def _finish(values: Tensor, counts: Tensor | None) -> Tensor:

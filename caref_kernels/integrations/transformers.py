@@ -18,6 +18,7 @@ What the line does, and what to know about it:
   ``compute_metrics``): then it never calls a ``compute_loss_func``, ``eval_loss`` is the model's own cross-entropy,
   which is not comparable, and the record gets no terms.
 - Under ``bf16=True`` or ``fp16=True`` accelerate hands over a float32 copy of the logits, of twice their size.
+- ``attach_caref(trainer, fuse_head=True)`` makes no logits at all in training: see transformers_heads.py.
 
 Tested with transformers 5.17 to 5.23.
 """
@@ -44,6 +45,8 @@ except ImportError as error:
     raise ImportError(_NEEDS) from error
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
     raise ImportError(f"{_NEEDS}; got {transformers.__version__}")
+
+from .transformers_heads import FusedHead, fused_head  # noqa: E402 - after the check of the version
 
 Shift = Literal["auto"] | bool
 TERMS = ("ce", "sced", "kl", "entropy")
@@ -95,6 +98,7 @@ class CarefTrainerLoss:
             encoder-decoder models, ``"auto"`` to tell by the model's outputs.
     Attributes:
         config: the configuration in use.
+        head: the :class:`FusedHead` of the model, or ``None``: the outputs are logits.
         train_terms, eval_terms: :class:`RunningTerms` of the calls with and without gradients.
         weigh_examples: whether an evaluation batch weighs as many as its examples, or each the same.
     Raises:
@@ -119,6 +123,7 @@ class CarefTrainerLoss:
         self.config = dataclasses.replace(config, return_terms=True)
         self.shift = shift
         self._loss = CarefLoss(self.config)
+        self.head: FusedHead | None = None
         self.train_terms = RunningTerms()
         self.eval_terms = RunningTerms()
         self.weigh_examples = True
@@ -147,11 +152,14 @@ class CarefTrainerLoss:
             raise ValueError(f"labels: the batch must have a 'labels' tensor for the CAREF loss; got {labels!r}")
         logits = _logits(outputs)
         labels = labels.to(logits.device)
-        if _shifts(outputs) if self.shift == "auto" else self.shift:
-            # The logits stay whole: moving the labels costs 8 bytes a row, moving the logits a copy of them.
-            labels = F.pad(labels, (0, 1), value=TRAINER_IGNORE_INDEX)[..., 1:]
+        shift = _shifts(outputs) if self.shift == "auto" else self.shift
         num_items = _divisor(num_items_in_batch, logits.device)
-        out = self._loss(logits, labels, num_items)
+        if self.head is not None:
+            out = self.head.loss(logits, labels, num_items, config=self.config, shift=shift)
+        else:
+            # The logits stay whole: moving the labels costs 8 bytes a row, moving the logits a copy of them.
+            labels = F.pad(labels, (0, 1), value=TRAINER_IGNORE_INDEX)[..., 1:] if shift else labels
+            out = self._loss(logits, labels, num_items)
         terms = torch.stack([getattr(out, name).detach() for name in TERMS])
         divided = num_items is not None
         if torch.is_grad_enabled():
@@ -219,7 +227,12 @@ class CarefTrainerCallback(transformers.TrainerCallback):
 
 
 def attach_caref(
-    trainer: transformers.Trainer, config: CarefConfig | None = None, *, shift: Shift = "auto", **options: Any
+    trainer: transformers.Trainer,
+    config: CarefConfig | None = None,
+    *,
+    shift: Shift = "auto",
+    fuse_head: bool = False,
+    **options: Any,
 ) -> CarefTrainerLoss:
     """Make ``trainer`` train and evaluate with the CAREF loss, and log its terms.
 
@@ -229,13 +242,14 @@ def attach_caref(
         trainer: a ``Trainer``, ``Seq2SeqTrainer`` or subclass that leaves ``compute_loss`` alone; the model may be
             wrapped by PEFT.
         config, shift, options: as :class:`CarefTrainerLoss`, e.g. ``attach_caref(trainer, lambda_sced=0.05)``.
+        fuse_head: compute the training loss from the head's input, without logits; ``loss.head.remove()`` undoes it.
     Returns:
         The loss that was installed as ``trainer.compute_loss_func``.
     Raises:
         TypeError: ``trainer`` is not a transformers Trainer.
         ValueError: the trainer has a ``compute_loss_func`` already, or something that it would silently drop or scale
             wrongly beside one: ``label_smoothing_factor``, the regulariser of an AdaLoRA adapter, ``nn.DataParallel``,
-            context or sequence parallelism.
+            context or sequence parallelism; or a head that cannot be fused.
     """
     if not isinstance(trainer, transformers.Trainer):
         raise TypeError(f"trainer must be a transformers Trainer; got {type(trainer).__name__}")
@@ -246,6 +260,7 @@ def attach_caref(
     _check_adapters(trainer.model)
     loss = CarefTrainerLoss(config, shift=shift, **options)
     loss.mark_attached()
+    loss.head = fused_head(trainer.model) if fuse_head else None
     # Both average the loss of evaluation batches, but a Seq2SeqTrainer counts a short last batch like a full one.
     loss.weigh_examples = not isinstance(trainer, transformers.Seq2SeqTrainer)
     trainer.compute_loss_func = loss

@@ -83,6 +83,9 @@ IDENTITIES: dict[str, float] = {
     "float32_terms": 1e-5,  # sums of the cap of two backends or of terms with cancellation
     "float32_gradient": 4e-5,
     "bfloat16_gradient": 4e-3,  # one rounding to 8 bits
+    # Of a head: the logits and their gradient are rounded too, before the products.
+    "bfloat16_head": 1e-2,
+    "float16_head": 2e-3,
     "directional_derivative": 1e-6,
     "near_uniform": 1e-4,
     "stored_reference": 1e-9,  # float64 values of another implementation, kept in a file

@@ -112,10 +112,20 @@ def make_case(
 GRADIENT_PARTS = ("loss", "ce", "sced", "kl")
 
 
+class Terms(NamedTuple):
+    """What every call returns of a row: :class:`caref_kernels.CarefOutput` without the support of its mask."""
+
+    loss: Tensor
+    ce: Tensor
+    sced: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
 class Evaluation(NamedTuple):
     """Terms of each row, and for each part named in ``GRADIENT_PARTS`` the gradient of its sum over rows."""
 
-    terms: CarefOutput
+    terms: Terms
     gradients: dict[str, Tensor]
     columns: int
 
@@ -169,4 +179,5 @@ def evaluate_eager(logits: Tensor, labels: Tensor, parts: Iterable[str] = GRADIE
 
 def _differentiate(leaf: Tensor, terms: CarefOutput, parts: Iterable[str]) -> Evaluation:
     gradients = {part: torch.autograd.grad(getattr(terms, part).sum(), leaf, retain_graph=True)[0] for part in parts}
-    return Evaluation(CarefOutput(*(term.detach() for term in terms)), gradients, leaf.size(-1))
+    values = (getattr(terms, name).detach() for name in Terms._fields)
+    return Evaluation(Terms(*values), gradients, leaf.size(-1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import RowSpec
-from ...objective import NUM_STATISTICS, NUM_TERMS, accumulation_dtype
+from ...objective import NUM_TERMS, accumulation_dtype, statistics_of
 from . import tiling
 
 # Triton reads this variable when a kernel is defined; so does this module, once.
@@ -35,8 +35,10 @@ class TritonBackend:
 
     name = "triton"
 
-    def unsupported(self, logits: Tensor) -> str | None:
+    def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs triton, and logits on a GPU that it compiles for, or on the CPU under its interpreter."""
+        if spec is not None and spec.is_masked:
+            return "its kernels have no top-k selection"
         if not _is_installed():
             return "triton is not installed (pip install triton, on Linux)"
         if INTERPRETED:
@@ -56,7 +58,7 @@ class TritonBackend:
         dtype = accumulation_dtype(logits.dtype)
         rows = logits.numel() // logits.size(-1)
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=logits.device)
-        stats = torch.empty((rows, NUM_STATISTICS), dtype=dtype, device=logits.device)
+        stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=logits.device)
         if rows:
             plan = tiling.forward_plan(rows, logits.size(-1), _storage(logits), _device(logits.device))
             with _guard(logits):

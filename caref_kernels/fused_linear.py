@@ -1,0 +1,177 @@
+"""The loss of a linear head, hidden weight^T + bias, without its logits: checks, dtypes, and the autograd node."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .autograd import LinearCarefFunction, LinearPlan
+from .config import CarefConfig, Reduction
+from .functional import CarefOutput, check_floating, check_labels, describe, divisor_of, name_results
+from .objective import MAX_COLUMNS
+from .sparsity import Sparsity
+
+
+def linear_caref_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    alpha: float = CarefConfig.alpha,
+    beta: float = CarefConfig.beta,
+    lambda_sced: float = CarefConfig.lambda_sced,
+    lambda_kl: float = CarefConfig.lambda_kl,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
+    ignore_index: int = CarefConfig.ignore_index,
+    reduction: Reduction = CarefConfig.reduction,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = CarefConfig.vocab_size,
+    backend: str = CarefConfig.backend,
+    return_terms: bool = CarefConfig.return_terms,
+    chunk_rows: int | None = None,
+) -> Tensor | CarefOutput:
+    r"""The CAREF objective of ``logits = hidden @ weight.T + bias``, which are never held.
+
+    The value and gradients are those of ``caref_loss(F.linear(hidden, weight, bias), labels)``, computed chunk by chunk
+    over the rows that count; the gradients of hidden, weight and bias are made in the same sweep.
+
+    Args:
+        hidden: ``(..., D)``, float16, bfloat16, float32 or float64, at least 2-D.
+        weight: ``(V, D)``, of the dtype and device of ``hidden``; a tied one gets the gradients of both uses.
+        labels: ``(...)``, int32 or int64 class indices, on the device of ``hidden``.
+        bias: ``(V,)`` or ``None``.
+        chunk_rows: rows of logits that exist at a time, >= 1; by default chosen from the memory that they, and the
+            gradient of the weight, take.
+        alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, reduction, num_items, vocab_size, backend,
+            return_terms: as in :func:`caref_kernels.caref_loss`.
+    Returns:
+        The loss, or :class:`caref_kernels.CarefOutput`; float32 (float64 for float64), in nats.
+    Raises:
+        IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere such a row is NaN.
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes, dtypes or devices that do not fit (each is named), or a weight that is a shard or empty.
+        NotImplementedError: an explicit backend that cannot run, or a torch.func transform.
+        RuntimeError: in the backward of a backward: a second derivative is not provided.
+    Precision: the logits of a chunk are rounded to the dtype of ``hidden``, as a head's are; terms, statistics and the
+        gradients of weight and bias are accumulated in float32 (float64), whatever that dtype, so their error does not
+        grow with the number of chunks.  Under autocast the products run in its dtype.  Deterministic.
+    Memory: one chunk of logits, the gradients of hidden, and float32 for that of the weight; nothing for a frozen
+        weight.  ``reduction="none"``, gradients of single terms, and a second backward through a retained graph
+        compute the logits a second time.
+    """
+    config = CarefConfig(
+        alpha=alpha,
+        beta=beta,
+        lambda_sced=lambda_sced,
+        lambda_kl=lambda_kl,
+        sparsity=sparsity,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        backend=backend,
+        return_terms=return_terms,
+    )
+    return linear_from_config(hidden, weight, labels, bias, num_items, config, chunk_rows)
+
+
+def linear_from_config(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    num_items: float | Tensor | None,
+    config: CarefConfig,
+    chunk_rows: int | None = None,
+) -> Tensor | CarefOutput:
+    """:func:`linear_caref_loss` with its options already in a configuration."""
+    dtype = check_head(hidden, weight, bias)
+    labels = check_labels(labels, hidden, "hidden")
+    if config.inplace_backward:
+        raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
+    rows = hidden.reshape(-1, hidden.size(-1))
+    spec = config.row_spec(weight.size(0))
+    plan = LinearPlan(
+        spec=spec,
+        backend=backends.select(config.backend, hidden.new_empty((1, 1), dtype=dtype), spec),
+        weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
+        per_row=config.reduction == "none",
+        with_terms=config.return_terms,
+        needs=needed_gradients(rows, weight, bias),
+        chunk_rows=check_chunk_rows(chunk_rows),
+        dtype=dtype,
+    )
+    divisor = divisor_of(hidden, labels, num_items, config)
+    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor, plan)
+    loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
+    return name_results(loss, terms, stats, divisor, config)
+
+
+def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of the tensors a gradient will be asked for."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_chunk_rows(chunk_rows: int | None) -> int:
+    """``chunk_rows`` as a number, 0 for ``None``."""
+    if chunk_rows is None:
+        return 0
+    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, Integral):
+        raise TypeError(f"chunk_rows must be an integer or None; got {describe(chunk_rows)}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1 or None; got {chunk_rows}")
+    return int(chunk_rows)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int = 1) -> torch.dtype:
+    """The dtype of the products, after every check of the three tensors; P16, F07."""
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        _check_not_sharded(name, tensor, least_columns)
+        check_floating(name, tensor)
+    _check_shapes(hidden, weight, bias, least_columns)
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError("hidden, weight and bias must be on one device; got " + _each(tensors, "device"))
+    is_double = torch.float64 in {tensor.dtype for tensor in tensors.values()}
+    if torch.is_autocast_enabled(hidden.device.type) and not is_double:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        raise ValueError(
+            "hidden, weight and bias must have one dtype (or run under torch.autocast); got " + _each(tensors, "dtype")
+        )
+    return hidden.dtype
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int) -> None:
+    if weight.dim() != 2 or not least_columns <= weight.size(0) <= MAX_COLUMNS:
+        raise ValueError(
+            f"weight: expected shape (V, D) with V in [{least_columns}, {MAX_COLUMNS}]; got {tuple(weight.shape)}"
+        )
+    if hidden.dim() < 2 or hidden.size(-1) != weight.size(1):
+        raise ValueError(
+            f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a weight of shape "
+            f"{tuple(weight.shape)}; got {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.size(0)},); got {tuple(bias.shape)}")
+
+
+def _check_not_sharded(name: str, tensor: Tensor, least_columns: int) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor, whose parts lie on several devices: use vocab_parallel_linear_caref_loss for a "
+            f"weight sharded over the vocabulary, or gather it first with full_tensor()"
+        )
+    if name == "weight" and least_columns and isinstance(tensor, Tensor) and tensor.numel() == 0:
+        raise ValueError(
+            f"weight has 0 elements, shape {tuple(tensor.shape)} (a ZeRO-3 or FSDP shard?): gather it first, e.g. with "
+            f"deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or compute the loss from the logits"
+        )
+
+
+def _each(tensors: dict[str, Tensor], attribute: str) -> str:
+    return ", ".join(f"{name} {getattr(tensor, attribute)}" for name, tensor in tensors.items())

@@ -1,0 +1,256 @@
+"""The head's matrix products and the loss, chunk by chunk of rows, so that the (N, V) logits never exist.
+
+A chunk's logits are made, read, overwritten by their gradient and multiplied away before the next chunk begins.  Rows
+that do not count are left out before the product.  Autograd is in autograd.py; inside these functions it is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.reference import check_labels
+from .config import RowSpec
+from .objective import NUM_TERMS, accumulation_dtype, statistics_of
+
+# A chunk shorter than this makes the products slow; one up to SMALL_CHUNK_BYTES is not worth splitting further.
+LEAST_ROWS = 256
+# From here on a chunk's products hide what is read and written once per chunk, the weight and its gradient.
+GOOD_ROWS = 1024
+SMALL_CHUNK_BYTES = 64 * 2**20
+ROW_MULTIPLE = 64
+# Columns of the weight's gradient that are upcast together where a product cannot add to float32 by itself.
+TILE_COLUMNS = 4096
+
+
+class Head(NamedTuple):
+    """hidden (N, D), weight (V, D), bias (V,) or ``None``, of one dtype and device; logits = hidden weight^T + bias."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; of the others nothing is computed or allocated."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Rows(Protocol):
+    """The loss of a block of logits (n, V): what a backend does, or several ranks with a part of the columns each.
+
+    ``common_columns`` is a number of columns that all ranks agree on, 0 for a single one.
+    """
+
+    common_columns: int
+
+    def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Terms (n, 3) and statistics (n, S)."""
+
+    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
+        """Write the gradient of sum(grad_terms * terms) into ``out``, which may be the logits."""
+
+
+class BackendRows(NamedTuple):
+    """:class:`Rows` of one backend."""
+
+    backend: str
+    spec: RowSpec
+    common_columns: int = 0
+
+    def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :class:`Rows`."""
+        return backends.get(self.backend).forward(logits, targets, self.spec)
+
+    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
+        """See :class:`Rows`."""
+        backends.get(self.backend).backward(grad_terms, logits, targets, stats, self.spec, out)
+
+
+def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0) -> int:
+    """Rows per chunk for ``rows`` rows that count; ``columns`` replaces V where ranks hold different numbers of them.
+
+    The peak is ``a * chunk * V + b * V * D``: a the bytes of a logit, b those of an element of the weight's gradient,
+    which no chunking makes smaller.  Every chunk reads the weight, and reads and writes its gradient, once more, so a
+    chunk is as long as memory allows: both parts together a quarter of the logits; or, where the second part alone is
+    more than that, the chunk as much as the second part (for a frozen head: as the weight), and at most a quarter.
+    """
+    columns, features = columns or head.weight.size(0), head.weight.size(1)
+    a = head.hidden.element_size()
+    b = accumulation_dtype(head.hidden.dtype).itemsize if trains_weight else head.weight.element_size()
+    weight_rows = math.ceil(b * features / a)  # V * D elements of b bytes, in rows of logits
+    quarter = rows // 4 - rows * features // columns  # without the gradient of hidden
+    wanted = quarter - weight_rows
+    if wanted < LEAST_ROWS or not trains_weight:
+        wanted = min(max(weight_rows, GOOD_ROWS), rows // 4 if trains_weight else quarter)
+    wanted = max(wanted, min(SMALL_CHUNK_BYTES // (a * columns), rows // 2), LEAST_ROWS)
+    return min(rows, wanted // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def forward(
+    head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, weights: list[float], needs: Needs, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) that are needed.
+
+    ``weights`` are those of CE, SCED and KL.  The gradient of hidden has its dtype, those of weight and bias the
+    accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
+    """
+    dtype = accumulation_dtype(head.hidden.dtype)
+    terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
+    stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(spec))), dtype=dtype)
+    grad_terms = terms.new_tensor([weights])
+    gradients = _Gradients(head, needs)
+    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
+        terms[chunk.rows], chunk_stats = rows.forward(chunk.logits, chunk.targets)
+        stats[chunk.rows] = chunk_stats
+        if any(needs):
+            rows.backward(
+                grad_terms.expand(len(chunk.hidden), -1), chunk.logits, chunk.targets, chunk_stats, chunk.logits
+            )
+            gradients.add(chunk)
+    return terms, stats, *gradients.take()
+
+
+def backward(
+    grad_terms: Tensor,
+    head: Head,
+    targets: Tensor | None,
+    stats: Tensor,
+    rows: Rows,
+    spec: RowSpec,
+    needs: Needs,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of sum(grad_terms * terms), with the logits computed again; dtypes as in :func:`forward`."""
+    gradients = _Gradients(head, needs)
+    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
+        rows.backward(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows], chunk.logits)
+        gradients.add(chunk)
+    return gradients.take()
+
+
+class _Chunk(NamedTuple):
+    rows: slice | Tensor  # which of the N rows
+    hidden: Tensor  # (n, D)
+    targets: Tensor | None  # (n,)
+    logits: Tensor  # (n, V), in a buffer that the next chunk uses again
+
+
+def _chunks(
+    head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, needs: Needs, chunk_rows: int
+) -> Iterator[_Chunk]:
+    kept = _kept_rows(targets, spec)
+    count = head.hidden.size(0) if kept is None else kept.numel()
+    if count == 0:
+        return
+    size = min(count, chunk_rows or auto_chunk_rows(count, head, needs.weight, rows.common_columns))
+    buffer = head.hidden.new_empty((size, head.weight.size(0)))
+    for start in range(0, count, size):
+        where = slice(start, min(start + size, count))
+        chosen = where if kept is None else kept[where]
+        hidden = head.hidden[chosen]
+        logits = buffer[: len(hidden)]
+        if head.bias is None:
+            torch.mm(hidden, head.weight.t(), out=logits)
+        else:
+            torch.addmm(head.bias, hidden, head.weight.t(), out=logits)
+        yield _Chunk(chosen, hidden, None if targets is None else targets[chosen], logits)
+
+
+def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
+    """Indices of the rows that count, or ``None`` for all.
+
+    On a GPU this waits once for the labels, which costs less than the products of the rows that are left out; a graph
+    that is being captured cannot wait and takes all rows.
+    """
+    if targets is None or (targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    kept = (targets != spec.ignore_index).nonzero().squeeze(1)
+    return None if kept.numel() == targets.numel() else kept
+
+
+def check_targets(targets: Tensor, columns: int, spec: RowSpec) -> None:
+    """Raise IndexError for a label on the CPU that is no column; on a device the kernels make its row NaN."""
+    if targets.device.type == "cpu":
+        check_labels(targets, columns, spec.ignore_index)
+
+
+class _Gradients:
+    """Sums over the chunks; the first chunk is written, so that nothing is filled with zeros before."""
+
+    def __init__(self, head: Head, needs: Needs) -> None:
+        self.head, self.needs = head, needs
+        dtype = accumulation_dtype(head.hidden.dtype)
+        columns, features = head.weight.shape
+        self.hidden = head.hidden.new_zeros(head.hidden.shape if needs.hidden else 0)
+        self.weight = head.hidden.new_empty((columns, features) if needs.weight else 0, dtype=dtype)
+        self.bias = head.hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
+        self.is_first = True
+
+    def add(self, chunk: _Chunk) -> None:
+        """Add a chunk whose logits have been overwritten with their gradient."""
+        gradient = chunk.logits
+        if self.needs.hidden:
+            self._add_hidden(chunk.rows, gradient)
+        if self.needs.weight:
+            _accumulate(self.weight, gradient, chunk.hidden, self.is_first)
+        if self.needs.bias:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        self.is_first = False
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of hidden, weight and bias; empty where not needed."""
+        if self.is_first and self.needs.weight:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+    def _add_hidden(self, rows: slice | Tensor, gradient: Tensor) -> None:
+        if isinstance(rows, slice):
+            torch.mm(gradient, self.head.weight, out=self.hidden[rows])
+        else:
+            self.hidden[rows] = torch.mm(gradient, self.head.weight)
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """total (V, D) += gradient^T hidden, in the dtype of ``total`` whatever that of the factors."""
+    if total.dtype == gradient.dtype:
+        _add_product(total, gradient.t(), hidden, is_first)
+    elif total.device.type == "cuda" and _adds_in_float32(total.device, gradient.dtype):
+        options = {"out_dtype": total.dtype, "out": total}
+        if is_first:
+            torch.mm(gradient.t(), hidden, **options)
+        else:
+            torch.addmm(total, gradient.t(), hidden, **options)
+    else:  # rounding every chunk's product to 16 bits would grow with the number of chunks
+        wide = hidden.to(total.dtype)
+        for start in range(0, total.size(0), TILE_COLUMNS):
+            columns = slice(start, start + TILE_COLUMNS)
+            _add_product(total[columns], gradient[:, columns].to(total.dtype).t(), wide, is_first)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    if is_first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit factors to a float32 matrix; earlier ones want a 16-bit summand."""
+    factor = torch.ones((16, 16), dtype=dtype, device=device)
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,206 @@
+"""What each process of test_vocab_parallel.py does: the public functions over gloo, against float64 on one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn import functional
+
+from caref_kernels import (
+    EntropyTopK,
+    VocabShard,
+    caref_loss,
+    vocab_parallel_caref_loss,
+    vocab_parallel_linear_caref_loss,
+)
+from caref_kernels.testing import check_gradient, check_identity, make_case, oracle
+
+ROWS, COLUMNS, FEATURES = 13, 203, 8
+# Uneven by far, and for 4 ranks one without any column.
+SIZES = {2: [3, 200], 3: [100, 1, 102], 4: [50, 0, 103, 50]}
+
+
+def run(rank: int, world: int, store: str) -> None:
+    """All checks of one process; an error of any ends them all."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        first = sum(SIZES[world][:rank])
+        columns = slice(first, first + SIZES[world][rank])
+        shard = VocabShard.gather(SIZES[world][rank])
+        assert shard == VocabShard(None, first, SIZES[world][rank], COLUMNS)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_logits(columns, shard, dtype)
+            check_head(columns, shard, dtype)
+        check_counts(columns, shard)
+        check_dtensor(world)
+        check_refusals(columns, shard)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, int]]]:
+    """Every exchange inside the block, and its bytes."""
+    calls: list[tuple[str, int]] = []
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
+        calls.append((str(op).rsplit(".", 1)[-1], tensor.numel() * tensor.element_size()))
+        return originals["all_reduce"](tensor, op, group)
+
+    def all_gather(parts, tensor, group=None):
+        calls.append(("GATHER", tensor.numel() * tensor.element_size()))
+        return originals["all_gather"](parts, tensor, group)
+
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    try:
+        yield calls
+    finally:
+        dist.all_reduce, dist.all_gather = originals["all_reduce"], originals["all_gather"]
+
+
+def case_of(dtype: torch.dtype):
+    case = make_case("lm_like", ROWS, COLUMNS, dtype, seed=1, ignored=3)
+    labels = case.labels.clone()
+    labels[labels != -100] = torch.tensor([0, 2, 3, 49, 50, 101, 152, 153, 202, 100])  # on every rank
+    return case.logits, labels
+
+
+def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
+    logits, labels = case_of(dtype)
+    for options in ({}, {"alpha": 1.5, "beta": 0.5}, {"sparsity": EntropyTopK(scale=0.3, k_max=20)}):
+        expected = oracle(logits, labels, ("loss",), **options)
+        for reduction, scale in (("sum", 1), ("mean", 10), ("none", 1)):
+            local = logits[:, columns].clone().requires_grad_()
+            for group in (shard, None):
+                loss = vocab_parallel_caref_loss(local, labels, group, reduction=reduction, **options)
+                value = expected.terms.loss
+                check_identity(loss.detach(), value if reduction == "none" else value.sum() / scale, "float32_terms")
+                (gradient,) = torch.autograd.grad(loss.sum(), local)
+                whole = expected.gradients["loss"] / scale
+                check_part(gradient, whole, columns, f"{options} {reduction}")
+    # Terms, a gradient of one of them, three dimensions, and the gradient in place.
+    shaped = (logits[:12, columns] * 1).view(3, 4, -1).requires_grad_()
+    out = vocab_parallel_caref_loss(shaped, labels[:12].view(3, 4), shard, return_terms=True, inplace_backward=False)
+    expected = oracle(logits[:12], labels[:12])
+    rows = (labels[:12] != -100).sum()
+    check_identity(out.entropy, expected.terms.entropy.sum() / rows, "float32_terms")
+    (gradient,) = torch.autograd.grad(out.sced, shaped)
+    check_part(gradient.flatten(0, 1), expected.gradients["sced"] / rows, columns, "sced")
+    leaf = logits[:, columns].clone().requires_grad_()
+    passing = leaf * 1
+    vocab_parallel_caref_loss(passing, labels, shard, reduction="sum", inplace_backward=True).backward()
+    check_part(leaf.grad, oracle(logits, labels, ("loss",)).gradients["loss"], columns, "in place")
+
+
+def check_part(gradient, whole, columns: slice, label: str) -> None:
+    """This rank's columns of a gradient, held to the budgets as part of the whole row."""
+    rest = whole.clone().to(gradient.dtype)
+    rest[:, columns] = gradient
+    check_gradient(rest, whole, label=label)
+
+
+def check_head(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(*size, generator=generator) for size in ((ROWS, FEATURES), (COLUMNS, FEATURES), (COLUMNS,))]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    labels = case_of(dtype)[1]
+    identity = "float32_gradient" if dtype == torch.float32 else "bfloat16_head"
+    wide = [tensor.double().requires_grad_() for tensor in tensors]
+    for reduction in ("mean", "none"):
+        exact = caref_loss(functional.linear(*wide), labels, reduction=reduction, backend="reference")
+        expected = torch.autograd.grad(exact.sum(), wide)
+        for chunk_rows in (None, 4):
+            hidden, weight, bias = (tensor.clone() for tensor in tensors)
+            local = [t.requires_grad_() for t in (hidden, weight[columns], bias[columns])]
+            loss = vocab_parallel_linear_caref_loss(
+                local[0], local[1], labels, shard, local[2], reduction=reduction, chunk_rows=chunk_rows
+            )
+            check_identity(loss.detach(), exact.detach(), "float32_terms" if dtype == torch.float32 else identity)
+            gradients = torch.autograd.grad(loss.sum(), local)
+            check_identity(gradients[0], expected[0], identity, "hidden")
+            for gradient, whole in zip(gradients[1:], expected[1:], strict=True):
+                rest = whole.to(dtype)
+                rest[columns] = gradient
+                check_identity(rest, whole, identity, "weight or bias")
+    part = vocab_parallel_linear_caref_loss(local[0], local[1], labels, shard, local[2], reduce_hidden=False)
+    (own,) = torch.autograd.grad(part, local[0])
+    dist.all_reduce(own)
+    exact = caref_loss(functional.linear(*wide), labels, backend="reference")
+    check_identity(own, torch.autograd.grad(exact, wide[0])[0], identity, "summed by the caller")
+
+
+def check_counts(columns: slice, shard: VocabShard) -> None:
+    """One MAX and one SUM, nothing in the backward; the head adds one SUM of the gradient of hidden."""
+    logits, labels = case_of(torch.float32)
+    local = logits[:, columns].clone().requires_grad_()
+    with recorded() as calls:
+        loss = vocab_parallel_caref_loss(local, labels, shard)
+        assert calls == [("MAX", 4 * ROWS), ("SUM", 80 * ROWS)], calls
+        loss.backward()
+        assert len(calls) == 2, calls
+    hidden = torch.randn(ROWS, FEATURES, requires_grad=True)
+    weight = torch.randn(columns.stop - columns.start, FEATURES)
+    with recorded() as calls:
+        # 10 of the 13 rows count, so there are chunks of 6 and 4.
+        loss = vocab_parallel_linear_caref_loss(hidden, weight, labels, shard, chunk_rows=6)
+        assert calls == [("MAX", 24), ("SUM", 480), ("MAX", 16), ("SUM", 320)], calls
+        loss.backward()
+        assert calls[4:] == [("SUM", 4 * ROWS * FEATURES)], calls
+    with recorded() as calls:
+        vocab_parallel_caref_loss(local, labels)
+        assert [kind for kind, _ in calls] == ["GATHER", "MAX", "SUM"], calls
+
+
+def check_dtensor(world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for columns in (COLUMNS, 5):  # 5 columns leave the fourth of four ranks none
+        case = make_case("normal_1", 6, columns, seed=3)
+        logits = distribute_tensor(case.logits, mesh, [Shard(1)]).requires_grad_()
+        loss = vocab_parallel_caref_loss(logits, case.labels)
+        loss.backward()
+        expected = oracle(*case, ("loss",))
+        check_identity(loss.detach(), expected.terms.loss.mean(), "float32_terms")
+        assert logits.grad.placements == (Shard(1),)
+        check_identity(logits.grad.full_tensor(), expected.gradients["loss"] / 6, "float32_gradient")
+        with pytest.raises(ValueError, match=r"group must be None for a DTensor"):
+            vocab_parallel_caref_loss(logits, case.labels, dist.group.WORLD)
+        for placement in (Replicate(), Shard(0)):
+            wrong = distribute_tensor(case.logits, mesh, [placement])
+            with pytest.raises(ValueError, match=r"must be sharded over its last dimension .*\[Shard\(1\)\]; got"):
+                vocab_parallel_caref_loss(wrong, case.labels)
+        with pytest.raises(TypeError, match="got the subclass DTensor"):
+            caref_loss(logits, case.labels)
+
+
+def check_refusals(columns: slice, shard: VocabShard) -> None:
+    """On every rank alike, and before anything is exchanged."""
+    logits, labels = case_of(torch.float32)
+    local, wrong = logits[:, columns], labels.clone()
+    wrong[0] = COLUMNS
+    with recorded() as calls:
+        with pytest.raises(IndexError, match="target 203 at row 0"):
+            vocab_parallel_caref_loss(local, wrong, shard)
+        with pytest.raises(ValueError, match="alpha must be in"):
+            vocab_parallel_caref_loss(local, labels, shard, alpha=0.5)
+        with pytest.raises(ValueError, match=r"VocabShard has \d+ columns, but this rank holds 7"):
+            vocab_parallel_caref_loss(logits[:, :7], labels, shard)
+        with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup, a VocabShard or None"):
+            vocab_parallel_caref_loss(local, labels, "tensor-parallel")
+        with pytest.raises(TypeError, match="reduce_hidden must be True or False; got 1"):
+            vocab_parallel_linear_caref_loss(logits, local, labels, shard, reduce_hidden=1)
+    assert calls == []
+    leaf = local.clone().requires_grad_()
+    loss = vocab_parallel_caref_loss(leaf, labels, shard)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(gradient.sum(), leaf)

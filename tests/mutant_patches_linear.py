@@ -1,0 +1,139 @@
+"""Mutants of fused heads, sharded vocabularies and the heads of transformers models."""
+
+from __future__ import annotations
+
+from mutant_patches import AUTOGRAD, Mutant, mutants
+
+CHUNKS = "caref_kernels/linear_chunks.py"
+FUSED_LINEAR = "caref_kernels/fused_linear.py"
+PARTIAL_ROWS = "caref_kernels/partial_rows.py"
+SHARDS = "caref_kernels/shards.py"
+HEADS = "caref_kernels/integrations/transformers_heads.py"
+
+LINEAR: list[Mutant] = [
+    *mutants(
+        "products of chunks added in 16 bits",
+        CHUNKS,
+        "linear",
+        "F05",
+        (
+            "weight-gradient-in-the-input-dtype",
+            "(columns, features) if needs.weight else 0, dtype=dtype)",
+            "(columns, features) if needs.weight else 0)",
+        ),
+    ),
+    *mutants(
+        "chunks lost, or rows that do not count read",
+        CHUNKS,
+        "linear linear_calls",
+        "F01 or F04 or L10 or L05",
+        ("every-chunk-is-the-first", "chunk.hidden, self.is_first)", "chunk.hidden, True)"),
+        ("ignored-rows-multiplied", "return None if kept.numel() == targets.numel() else kept", "return None"),
+        (
+            "gradients-of-the-first-rows",
+            "rows.backward(grad_terms[chunk.rows]",
+            "rows.backward(grad_terms[: len(chunk.hidden)]",
+        ),
+        ("bias-of-the-last-chunk", "self.bias += gradient.sum", "self.bias = gradient.sum"),
+        ("unwritten-gradient-of-no-row", "if self.is_first and self.needs.weight:", "if False:"),
+    ),
+    *mutants(
+        "work for a frozen head",
+        CHUNKS,
+        "linear",
+        "F02",
+        ("gradient-of-a-frozen-head", "(columns, features) if needs.weight else 0,", "(columns, features),"),
+    ),
+    *mutants(
+        "divisor lost, infinite, or applied before the loss scale",
+        AUTOGRAD,
+        "linear linear_calls",
+        "F01 or F04 or L05",
+        (
+            "head-divisor-not-in-gradient",
+            "grad_loss if divisor is None else _divided(",
+            "grad_loss if True else _divided(",
+        ),
+        ("head-mean-over-nothing", "torch.where(divisor == 0, 0.0, grad_loss / divisor)", "grad_loss / divisor"),
+    ),
+    *mutants(
+        "a second backward scales the scaled",
+        AUTOGRAD,
+        "linear_calls",
+        "A06",
+        (
+            "head-gradients-used-twice",
+            "ready, ctx.gradients = saved or ctx.gradients, None",
+            "ready = saved or ctx.gradients",
+        ),
+    ),
+    *mutants(
+        "autocast ignored",
+        FUSED_LINEAR,
+        "linear_calls",
+        "D05",
+        ("head-outside-autocast", "return torch.get_autocast_dtype(hidden.device.type)", "return hidden.dtype"),
+    ),
+    *mutants(
+        "maxima of several ranks",
+        PARTIAL_ROWS,
+        "shards",
+        "V01 or N21",
+        ("own-maximum-not-joined", "group[:, 0] += ~is_owner", "group[:, 0] += 0"),
+        ("moments-not-moved", "powers[j - i] * group[:, i]", "powers[0] * group[:, i]"),
+        ("maximum-in-the-local-sums", ".scatter_(-1, argmax[block, None], 0.0)", ""),
+    ),
+    *mutants(
+        "maxima of several ranks",
+        SHARDS,
+        "shards",
+        "V01 or N21 or L09",
+        ("other-maxima-not-counted", "sums[:, place.start] += sums[:, COUNT] - 1", "sums[:, place.start] += 0"),
+        ("other-maxima-not-in-sced", "rest + (count * top_weight - 1) * density", "rest + (top_weight - 1) * density"),
+        ("other-maxima-not-in-slopes", "slope_sum + (count - 1) * top_weight * slope", "slope_sum"),
+        (
+            "ties-of-the-mask-ignored",
+            "missing = support - (best > threshold).sum(-1, keepdim=True)",
+            "missing = support",
+        ),
+    ),
+    *mutants(
+        "a label of another rank",
+        SHARDS,
+        "shards",
+        "V01 or L09",
+        ("labels-not-local", "label = targets.long() - self.first_column", "label = targets.long()"),
+        (
+            "label-elsewhere-is-column-0",
+            "is_elsewhere = (labels == ELSEWHERE) | (",
+            "is_elsewhere = (labels == -9) | (",
+        ),
+        ("maximum-elsewhere-is-column-0", "((stats[:, ARGMAX] < 0) & (labels != IGNORED))", "(labels == -9)"),
+        ("local-label-equals-ignore-index", "spec = self.spec._replace(ignore_index=IGNORED)", "spec = self.spec"),
+    ),
+    *mutants(
+        "a model changed where it must not be",
+        HEADS,
+        "transformers_heads",
+        "untouched or whole or order",
+        ("fused-in-evaluation", "(model.training and torch.is_grad_enabled())", "torch.is_grad_enabled()"),
+        ("fused-in-generation", "(model.training and torch.is_grad_enabled())", "model.training"),
+        ("head-not-restored", "            del head.forward\n", "            pass\n"),
+        ("bias-not-restored", "            if bias is not None:\n", "            if False:\n"),
+        ("frozen-copy-of-the-head", "head.modules_to_save[adapters[0]] if", "head.original_module if"),
+    ),
+    *mutants(
+        "something done to the logits that the fused head misses",
+        HEADS,
+        "transformers_heads",
+        "known_head or cannot_be_fused or check_notices or autocast",
+        (
+            "constant-bias-lost",
+            "        if self._bias_name is None:\n            return",
+            "        if True:\n            return",
+        ),
+        ("softcap-accepted", "    if cap is not None:\n", "    if False:\n"),
+        ("head-unchecked", "        if not error <= allowed:\n", "        if False:\n"),
+        ("head-in-float32", "dtype=dtype, enabled=enabled)", "dtype=dtype, enabled=False)"),
+    ),
+]

@@ -1,0 +1,144 @@
+"""V and Y05: a row split over ranks equals the row; the ranks are threads here, processes in test_vocab_parallel.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_threads import evaluate_split
+from test_properties import row_sets
+
+from caref_kernels import EntropyTopK, TopK
+from caref_kernels.testing import REGIMES, check_gradient, check_identity, check_term, make_case, oracle
+
+TERMS = ("ce", "sced", "kl")
+PARTS = {"loss": [1.0, 0.1, 0.1], "ce": [1.0, 0.0, 0.0], "sced": [0.0, 1.0, 0.0], "kl": [0.0, 0.0, 1.0]}
+CUTS = [7, 7, 150]  # of 300 columns: 7, none, 143 and 150
+
+
+def check_split(logits, labels, cuts, backend, label="", **options):
+    expected = oracle(logits, labels, **options)
+    terms, gradients, calls = evaluate_split(logits, labels, cuts, backend, list(PARTS.values()), **options)
+    for index, name in enumerate(TERMS):
+        check_term(name, terms[:, index], getattr(expected.terms, name), label=f"{label} {name}")
+    for name, gradient in zip(PARTS, gradients, strict=True):
+        check_gradient(gradient, expected.gradients[name], label=f"{label} gradient of {name}")
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_regimes_V01(backend, regime, dtype):
+    check_split(*make_case(regime, 9, 300, dtype, seed=3, ignored=2), CUTS, backend)
+
+
+@pytest.mark.parametrize("regime", ["normal_3", "confident_1e-7", "lm_like", "tied_maxima"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.5, "beta": 0.5},
+        {"alpha": 4.0, "beta": 2.0},
+        {"alpha": 1.0, "beta": 0.0},
+        {"alpha": 16.0, "beta": 0.1},
+        {"vocab_size": 310},
+        {"sparsity": TopK(3)},
+        {"sparsity": TopK(1000)},
+        {"sparsity": EntropyTopK(scale=0.3)},
+        {"sparsity": EntropyTopK(scale=2.0, k_min=2, k_max=9), "alpha": 1.5},
+    ],
+    ids=str,
+)
+def test_options_V01(backend, regime, options):
+    check_split(*make_case(regime, 9, 300, torch.float32, seed=4, ignored=2), CUTS, backend, **options)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(rows=row_sets(dtypes=(torch.float64,)), data=st.data())
+def test_any_split_Y05(rows, data):
+    """Any number of ranks from 1 to 4, any cut points, empty shards, on rows that hypothesis chooses."""
+    logits, labels, backend = rows
+    cuts = sorted(data.draw(st.lists(st.integers(0, logits.size(1)), max_size=3)))
+    whole, (gradient,), _ = evaluate_split(logits, labels, [], backend, [PARTS["loss"]])
+    split, (pieces,), _ = evaluate_split(logits, labels, cuts, backend, [PARTS["loss"]])
+    for index, name in enumerate(TERMS):
+        check_identity(split[:, index], whole[:, index], "float64_far", name)
+    check_identity(pieces, gradient, "float64_far")
+    expected = oracle(logits, labels, ("loss",))
+    check_identity(split @ split.new_tensor(PARTS["loss"]), expected.terms.loss, "float64_far")
+
+
+def test_maxima_on_several_ranks_N21(backend):
+    """The same maximum two times on one rank and once on each other one; the label is one of them, or elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(4, 300, generator=generator)
+    logits[:, [2, 60, 61, 299]] = logits.max() + 3
+    for options in ({}, {"alpha": 1.5, "beta": 0.5}, {"sparsity": TopK(2)}, {"sparsity": TopK(7)}):
+        check_split(logits, torch.tensor([2, 61, 299, 100]), [50, 170], backend, str(options), **options)
+
+
+def test_rows_without_a_softmax_N08_N09_N10(backend):
+    """NaN, +inf, or nothing but -inf: that row is NaN on every rank, the others stay as they are."""
+    case = make_case("lm_like", 7, 60, seed=6)
+    spoiled = case.logits.clone()
+    spoiled[1, 5] = math.nan
+    spoiled[3, 59] = math.inf
+    spoiled[4] = -math.inf
+    spoiled[5, :40] = -math.inf  # a whole rank of -inf, which is no error
+    labels = case.labels.clone()
+    labels[5], labels[6] = 50, -100
+    terms, (gradient,), _ = evaluate_split(spoiled, labels, [20, 40], backend, [PARTS["loss"]])
+    good = [0, 2, 5, 6]
+    assert terms.isnan().all(1).tolist() == [False, True, False, True, True, False, False]
+    expected = oracle(spoiled[good], labels[good], ("loss",))
+    for index, name in enumerate(TERMS):
+        check_term(name, terms[good, index], getattr(expected.terms, name), label=name)
+    check_gradient(gradient[good], expected.gradients["loss"])
+    assert gradient[[1, 3, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 3, 59])
+def test_ignored_rows_L09_L10(backend, ignore_index):
+    """Also where the ignored label is a column of some rank, and where a label's local number equals it."""
+    case = make_case("lm_like", 6, 60, seed=7)
+    logits, labels = case.logits.clone(), torch.tensor([3, 23, 43, 0, 59, 20])
+    labels[1] = labels[4] = ignore_index
+    logits[1] = math.nan
+    terms, (gradient,), _ = evaluate_split(
+        logits, labels, [20, 40], backend, [PARTS["loss"]], ignore_index=ignore_index
+    )
+    counts = labels != ignore_index
+    assert torch.equal(terms[~counts], torch.zeros_like(terms[~counts]))
+    assert torch.equal(gradient[~counts], torch.zeros_like(gradient[~counts]))
+    expected = oracle(logits[counts], labels[counts], ("loss",), ignore_index=ignore_index)
+    check_gradient(gradient[counts], expected.gradients["loss"])
+
+
+@pytest.mark.parametrize("label", [60, -1, 2**40])
+def test_label_out_of_range_L01_V05(backend, label):
+    """Refused before anything is exchanged: no rank waits for another."""
+    case = make_case("lm_like", 3, 60, seed=8)
+    labels = case.labels.clone()
+    labels[2] = label
+    with pytest.raises(IndexError, match=rf"target {label} at row 2 is out of range \[0, 60\)"):
+        evaluate_split(case.logits, labels, [20], backend, [PARTS["loss"]])
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_per_row"),
+    [
+        ({}, [("MAX", 4), ("SUM", 80)]),
+        ({"alpha": 4.0, "beta": 2.0}, [("MAX", 4), ("SUM", 152)]),
+        ({"lambda_sced": 0.0, "return_terms": False}, [("MAX", 4), ("SUM", 32)]),
+        ({"alpha": 1.5}, [("MAX", 4), ("SUM", 32), ("SUM", 16)]),
+        ({"sparsity": TopK(5)}, [("MAX", 4), ("SUM", 32), ("GATHER", 20), ("SUM", 8), ("SUM", 16)]),
+    ],
+    ids=str,
+)
+def test_exchanges_and_their_bytes(options, bytes_per_row):
+    """What DESIGN.md states: 4 + 80 bytes per row for the defaults."""
+    rows = 11
+    calls = evaluate_split(*make_case("lm_like", rows, 60, seed=9), [20, 40], "reference", [], **options)[2]
+    assert calls == [(kind, size * rows) for kind, size in bytes_per_row]
