@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from .. import caref_loss, fused_sced
+from .. import caref_loss, fused_sced, linear_caref_loss
 from ..testing import GRADCHECK, check_identity, evaluate
 from .subject import Check, Subject
 from .value_checks import EXPONENTS
@@ -171,3 +171,38 @@ def _scaled_float16(subject: Subject) -> None:
     scaler.update()
     if not torch.equal(head.weight.detach(), before) or scaler.get_scale() >= scale:
         raise AssertionError("an overflow did not skip the step and lower the scale")
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+
+def heads(subject: Subject) -> Iterator[Check]:
+    """linear_caref_loss against materialised float64 logits: chunks, a bias, a frozen weight, ignored rows."""
+    for dtype in (torch.float32, torch.bfloat16) if subject.on_gpu else (torch.float32,):
+        for chunk_rows in (None, 17):
+            bugs = ("TailDropped", "AuxiliaryDropped") if (dtype, chunk_rows) == (torch.float32, None) else ()
+            name = f"{dtype}, chunks of {chunk_rows or 'the default'}"
+            yield Check(name, partial(_head, dtype=dtype, chunk_rows=chunk_rows), bugs)
+        yield Check(f"{dtype}, frozen weight", partial(_head, dtype=dtype, chunk_rows=None, frozen=True))
+
+
+def _head(subject: Subject, dtype: torch.dtype, chunk_rows: int | None, frozen: bool = False) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, features = 70, 33, 16
+    made = [torch.randn(*shape, generator=generator) for shape in ((rows, features), (columns, features), (columns,))]
+    hidden, weight, bias = (one.to(dtype).to(subject.device) for one in made)
+    targets = torch.arange(rows, device=subject.device) % columns
+    targets[5] = -100
+    trained = [hidden] if frozen else [hidden, weight, bias]
+    for one in trained:
+        one.requires_grad_()
+    exact = [one.detach().double().requires_grad_(one.requires_grad) for one in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*exact)
+    expected = caref_loss(logits, targets, alpha=2.0, lambda_sced=5.0, backend="reference")
+    options = {"lambda_sced": 5.0, "chunk_rows": chunk_rows, "backend": subject.backend}
+    actual = linear_caref_loss(hidden, weight, targets, bias, **options)
+    identity = "bfloat16_head" if dtype == torch.bfloat16 else "float32_gradient"
+    check_identity(actual.detach(), expected.detach(), "bfloat16_head" if dtype == torch.bfloat16 else "float32_terms")
+    wide = torch.autograd.grad(expected, [one for one in exact if one.requires_grad])
+    for name, one, other in zip(("hidden", "weight", "bias"), torch.autograd.grad(actual, trained), wide, strict=False):
+        check_identity(one, other, identity, f"gradient of {name}")

@@ -80,6 +80,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("layouts", "strides and alignments", 60, shape_checks.layouts, on_host=True),
     Stage("autograd", "gradcheck, reductions, mixed precision", 90, shape_checks.autograd, on_host=True),
     Stage("topk", "masks of SCED", 90, value_checks.topk, on_host=True),
+    Stage("heads", "linear_caref_loss", 60, shape_checks.heads, on_host=True),
     Stage("graphs", "CUDA graphs", 60, run_checks.graphs),
     Stage("sync", "nothing waits", 60, run_checks.sync),
     Stage("streams", "streams and devices", 60, run_checks.streams),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import EntropyTopK, TopK, backends, ops
 from ..config import CarefConfig
 from ..testing import REGIMES, check_gradient, check_identity, check_term, evaluate, oracle
 from .fence import Fence
@@ -260,10 +260,6 @@ def _ignored_rows(subject: Subject) -> None:
 
 def topk(_subject: Subject) -> Iterator[Check]:
     """SCED over the top k of a row: fixed and adaptive budgets, ties, one, all."""
-    try:
-        from ..sparsity import EntropyTopK, TopK
-    except ImportError:
-        raise Unsupported("this version has no top-k sparsity") from None
     policies = (TopK(1), TopK(7), TopK(100_000), EntropyTopK(scale=0.25), EntropyTopK(k_min=3, k_max=50))
     for policy in policies:
         for columns in (33, 4097, 32_128):
@@ -274,8 +270,6 @@ def topk(_subject: Subject) -> Iterator[Check]:
 
 
 def _masked_sced(subject: Subject, policy, columns: int, regime: str = "lm_like") -> None:
-    from .. import backends
-
     for dtype in (torch.float32, torch.bfloat16):
         logits, targets = subject.case(regime, 5, columns, dtype)
         spec = CarefConfig(sparsity=policy).row_spec(columns).for_columns(columns)
