@@ -67,9 +67,21 @@ LISTING = """
 def test_a_turn_is_the_shortest_way_round():
     loops = list(machine_code._loops(*machine_code._parse(LISTING)))
     assert [loop.turn for loop in loops] == [("LDG.E.128", "BRA", "MUFU.EX2", "BRA")]
-    code = machine_code.MachineCode(32, 0, 0, tuple(loops))
+    code = machine_code.MachineCode(32, 0, 0, 0, tuple(loops))
     assert code.main_loops() == tuple(loops)
     assert loops[0].count("LDG", "MUFU") == 2
+
+
+def test_spills_in_a_loop_are_told_apart():
+    """One before the loop is stored once per program; one in it costs every turn."""
+    spill = "        /*0000*/                   STL [R1], R4 ;\n"
+    for listing, expected in (
+        (LISTING, (0, 0)),
+        (spill + LISTING, (1, 0)),
+        (LISTING.replace(".L_x_2:\n", ".L_x_2:\n" + spill), (1, 1)),
+    ):
+        labels, instructions = machine_code._parse(listing)
+        assert machine_code._spills(instructions, tuple(machine_code._loops(labels, instructions))) == expected
 
 
 def test_a_budget_that_is_exceeded_is_reported(monkeypatch):

@@ -42,7 +42,8 @@ class MachineCode(NamedTuple):
 
     registers: int
     stack: int
-    spills: int
+    spills: int  # instructions, wherever they are
+    looped_spills: int  # those inside a loop
     loops: tuple[Loop, ...]
 
     def main_loops(self) -> tuple[Loop, ...]:
@@ -64,9 +65,9 @@ def read(cubin: bytes, tools: Path) -> MachineCode:
         listing = _run(tools / "nvdisasm", "-c", path)
     resources = {name: int(value) for name, value in _RESOURCE.findall(usage)}
     labels, instructions = _parse(listing)
-    spills = sum(_name(instruction).startswith(_SPILLS) for instruction in instructions)
+    loops = tuple(_loops(labels, instructions))
     stack = resources["STACK"] + resources["LOCAL"]
-    return MachineCode(resources["REG"], stack, spills, tuple(_loops(labels, instructions)))
+    return MachineCode(resources["REG"], stack, *_spills(instructions, loops), loops)
 
 
 def _run(program: Path, *arguments: object) -> str:
@@ -87,6 +88,13 @@ def _parse(listing: str) -> tuple[dict[str, int], list[str]]:
         elif instruction:
             instructions.append(instruction.group(1).strip())
     return labels, instructions
+
+
+def _spills(instructions: list[str], loops: tuple[Loop, ...]) -> tuple[int, int]:
+    """How many instructions spill, and how many of them do so in a loop."""
+    spills = [place for place, instruction in enumerate(instructions) if _name(instruction).startswith(_SPILLS)]
+    looped = [place for place in spills if any(loop.first <= place <= loop.last for loop in loops)]
+    return len(spills), len(looped)
 
 
 def _name(instruction: str) -> str:

@@ -206,8 +206,7 @@ def gradient_kernel(
     """
     dtype: tl.constexpr = stats.dtype.element_ty
     logits_outer, logits_inner, out_outer, out_inner, grad_row, grad_term = strides
-    row = tl.program_id(0).to(tl.int64) // splits
-    split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
+    row, split = rows.row_of_program(splits)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     base = logits + rows.row_start(row, inner_rows, logits_outer, logits_inner, TILE)
     written = out + rows.row_start(row, inner_rows, out_outer, out_inner, TILE)

@@ -255,8 +255,7 @@ def partial_kernel(
 ):  # fmt: skip
     """A program for each split of each row: its share of the first pass."""
     WIDTH: tl.constexpr = PARTIAL_HEAD + 2 + PATH.moments
-    row = tl.program_id(0).to(tl.int64) // splits
-    split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
+    row, split = rows.row_of_program(splits)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
@@ -276,8 +275,7 @@ def second_kernel(
     splits, dtype: tl.constexpr, PATH: tl.constexpr, TILE: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A program for each split of each row: its share of the second pass."""
-    row = tl.program_id(0).to(tl.int64) // splits
-    split = (tl.program_id(0).to(tl.int64) % splits).to(tl.int32)
+    row, split = rows.row_of_program(splits)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     if counts & inside:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)

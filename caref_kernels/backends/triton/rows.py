@@ -13,10 +13,21 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
+def row_of_program(splits):
+    """(row int64, split int32) of this program, where ``splits`` programs share a row."""
+    program = tl.program_id(0)
+    return (program // splits).to(tl.int64), (program % splits).to(tl.int32)
+
+
+@triton.jit
 def row_start(row, inner_rows, outer_stride, inner_stride, TILE: tl.constexpr):
-    """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are."""
-    row = row.to(tl.int64)
-    start = (row // inner_rows) * outer_stride.to(tl.int64) + (row % inner_rows) * inner_stride.to(tl.int64)
+    """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are.
+
+    A grid has fewer than 2^31 programs, so rows are divided as 32-bit numbers: 64-bit division is a call.
+    """
+    narrow = row.to(tl.int32)
+    outer = (narrow // inner_rows).to(tl.int64)
+    start = outer * outer_stride.to(tl.int64) + (narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)
     VECTOR: tl.constexpr = TILE.vector
     if TILE.wide:
         start = tl.multiple_of(start, VECTOR)
