@@ -50,10 +50,10 @@ class StepRow:
     p50_s: float
     p80_s: float
     samples: int
-    peak_bytes: int | None  # of a step, model and optimiser included
+    peak_bytes: int | None  # of a step, model and optimiser included, the interpreter not
     largest_batch: int | None  # within limit_bytes
     largest_peak_bytes: int | None
-    limit_bytes: int
+    limit_bytes: int | None
 
     def __post_init__(self) -> None:
         if not (self.machine and self.commit):
@@ -145,6 +145,8 @@ def _time_part(case: StepCase, device: torch.device, options: argparse.Namespace
 
 def _memory_part(case: StepCase, device: torch.device, _options: argparse.Namespace) -> dict:
     """The peak of a step, and the largest batch; a batch that runs out of memory does not fit."""
+    case.classes()
+    before = 0 if device.type == "cuda" else resident_bytes()
     step = Step(case, device)
     peaks, largest = {}, {}
     for name in LOSSES:
@@ -153,15 +155,15 @@ def _memory_part(case: StepCase, device: torch.device, _options: argparse.Namesp
 
             def peak(size: int, loss=loss) -> int | None:
                 try:
-                    return _peak_of(step, loss, size, device)
+                    return _peak_of(step, loss, size, device) - before
                 except torch.cuda.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     return None
 
             peak(case.batch)  # the optimiser makes its state, kernels are compiled
             peaks[name] = peak(case.batch)
-            largest[name] = largest_batch(peak, case.batch, case.limit)
-        sys.stderr.write(f"  {case.name}, {name}: {peaks[name]} bytes, at most {largest[name][0]} examples\n")
+            if case.limit is not None:
+                largest[name] = largest_batch(peak, case.batch, case.limit)
     return {"peaks": peaks, "largest": largest}
 
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.report`: tables and plot from the committed results, never by hand; nothing is measured here.
+"""`python -m benchmarks.report`: tables and plots from the committed results, never by hand; nothing is measured here.
 
-Writes the block between the markers of README.md, the full table beside the results, and a plot.  Run it again after a
-change of the kernels: it then marks the figures as stale.
+Writes the blocks between the markers of README.md, the full table beside the results, and the plots.  Run it again after
+a change of the kernels: it then marks the figures as stale.  This module holds the block of the loss on a CPU.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from . import measure_gpu, measure_heads_gpu, plots, report_gpu
 from .cases import CASES
 from .measure import RESULTS, UNIT, Row
+from .measure_step import RESULTS as STEPS
 from .provenance import ROOT, source_hash
 from .providers import PROVIDERS
 
@@ -24,6 +28,7 @@ PLOT = RESULTS.with_suffix(".svg")
 NOT_MEASURED = "Not yet measured: `make bench` fills this in."
 STALE = "**Stale:** the kernel sources have changed since this was measured; `make bench` measures again."
 
+MEASURED_ON_GPU = {"loss": measure_gpu.RESULTS, "heads": measure_heads_gpu.RESULTS}
 REGIME_TITLES = {"raised": "mmap threshold raised", "glibc": "glibc as it is"}
 MEGA = 2**20
 
@@ -48,14 +53,54 @@ TARGETS = (
 
 
 def main() -> None:
-    """Rewrite the README block, the full table and the plot; print how the targets fared."""
+    """Rewrite the README's blocks, the full table and the plots; print how the targets fared."""
     results = load(RESULTS)
-    README.write_text(splice(README.read_text(), readme_block(results, source_hash())))
+    README.write_text(readme(README.read_text()))
+    for path, draw_plot in drawings().items():
+        draw_plot(path)
     if results is None:
         return
     FULL_TABLE.write_text(full_table(results))
     draw(results, PLOT)
     sys.stdout.write("\n".join(target_table(results)) + "\n")
+
+
+def readme(text: str) -> str:
+    """``text`` with every block as the committed results give it; a block without markers is not shown."""
+    text = splice(text, readme_block(load(RESULTS), source_hash()))
+    for name, block in blocks().items():
+        if f"<!-- {name}:begin -->" in text:
+            text = splice(text, block, name)
+    return text
+
+
+def blocks() -> dict[str, str]:
+    """The other blocks by the name of their markers."""
+    gpu, cpu = source_hash(kind="gpu"), source_hash()
+    heads, rows = (load_json(MEASURED_ON_GPU[name]) for name in ("heads", "loss"))
+    return {
+        "benchmark-gpu": report_gpu.loss_block(rows, gpu),
+        "benchmark-heads-gpu": report_gpu.heads_block(heads, gpu),
+        "gpucheck": report_gpu.gpucheck_block(load_json(report_gpu.GPUCHECK), gpu),
+        "benchmark-step": report_gpu.step_block(load_json(STEPS["cpu"]), cpu, "make bench"),
+        "benchmark-step-gpu": report_gpu.step_block(load_json(STEPS["gpu"]), gpu, "make bench-gpu"),
+    }
+
+
+def drawings() -> dict[Path, Callable[[Path], None]]:
+    """Every plot but that of the CPU's block, and what draws it: those whose results there are."""
+    found: dict[Path, Callable[[Path], None]] = {}
+    for path in (RESULTS, MEASURED_ON_GPU["loss"]):
+        results = load_json(path)
+        if results is not None:
+            found[path.with_name(f"{path.stem}_scaling.svg")] = partial(plots.draw_scaling, results)
+            found[path.with_name(f"{path.stem}_roofline.svg")] = partial(plots.draw_roofline, results)
+    return found
+
+
+def load_json(path: Path) -> dict | None:
+    """The results in ``path`` as they are; ``None`` if there are none yet."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def load(path: Path) -> dict | None:
@@ -72,16 +117,17 @@ def load(path: Path) -> dict | None:
     return results
 
 
-def splice(text: str, block: str) -> str:
-    """``text`` with what stands between the markers replaced by ``block``.
+def splice(text: str, block: str, name: str = "benchmark") -> str:
+    """``text`` with what stands between the markers of ``name`` replaced by ``block``.
 
     Raises:
         ValueError: a marker is missing, doubled, or they are in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and {END}, once each and in this order")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must hold {begin} and {end}, once each and in this order")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
 def readme_block(results: dict | None, current_hash: str) -> str:
