@@ -11,7 +11,7 @@ TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest lint format bench bench-gpu sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest lint format bench bench-gpu bench-linear sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -42,6 +42,8 @@ bench: $(READY)  ## measure, write benchmarks/results/ and the README's table an
 	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
 bench-gpu: $(READY)  ## the same on a CUDA device: time, share of a copy's bandwidth, memory (2 minutes)
 	$(PY) -m benchmarks.measure_gpu $(ARGS)
+bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
+	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)

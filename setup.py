@@ -25,7 +25,7 @@ BASE_FLAGS = (
 )
 SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined -g"
 PLAIN_SOURCES = ("bindings.cpp", "cpu/launch.cpp")
-KERNEL_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp")
+KERNEL_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp", "cpu/select.cpp")
 # Instruction set as a C++ namespace -> compiler flags.
 X86_SETS = {"x86_64_v4": "-march=x86-64-v4 -mprefer-vector-width=512", "x86_64_v3": "-march=x86-64-v3"}
 

@@ -39,19 +39,19 @@ def series(results: dict, phase: str = "both") -> dict[str, dict[str, dict]]:
 
 
 def axes_of(results: dict) -> dict[str, list[str]]:
-    """The cases of each axis: "V" those of the commonest dtype with about as many logits, "N" those of one V."""
+    """The cases of each axis: "N" those of the vocabulary with most cases, "V" the first of every one, of its dtype."""
     shapes = {name: shape_of(title) for name, title in results["cases"].items()}
     by_vocab: dict[tuple[int, str], list[str]] = {}
     for name, (_, vocab, dtype) in shapes.items():
         by_vocab.setdefault((vocab, dtype), []).append(name)
     most = max(by_vocab.values(), key=len)
     dtype = shapes[most[0]][2]
-    largest = {}
-    for name, (rows, vocab, own) in shapes.items():
-        if own == dtype and rows > shapes.get(largest.get(vocab, ""), (0, 0, ""))[0]:
-            largest[vocab] = name
+    first: dict[int, str] = {}
+    for name, (_, vocab, own) in shapes.items():
+        if own == dtype:
+            first.setdefault(vocab, name)
     return {
-        "V": sorted(largest.values(), key=lambda name: shapes[name][1]),
+        "V": sorted(first.values(), key=lambda name: shapes[name][1]),
         "N": sorted(most, key=lambda name: shapes[name][0]),
     }
 

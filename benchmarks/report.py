@@ -69,8 +69,9 @@ def readme(text: str) -> str:
     """``text`` with every block as the committed results give it; a block without markers is not shown."""
     text = splice(text, readme_block(load(RESULTS), source_hash()))
     for name, block in blocks().items():
-        if f"<!-- {name}:begin -->" in text:
-            text = splice(text, block, name)
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text:
+            text = splice(text, block, begin, end)
     return text
 
 
@@ -117,13 +118,12 @@ def load(path: Path) -> dict | None:
     return results
 
 
-def splice(text: str, block: str, name: str = "benchmark") -> str:
-    """``text`` with what stands between the markers of ``name`` replaced by ``block``.
+def splice(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
+    """``text`` with what stands between the markers replaced by ``block``.
 
     Raises:
         ValueError: a marker is missing, doubled, or they are in the wrong order.
     """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"README.md must hold {begin} and {end}, once each and in this order")
     head, _, rest = text.partition(begin)

@@ -249,14 +249,14 @@ class ShardFunction(torch.autograd.Function):
         if grad_loss is None and grad_reduced is None:
             return (None,) * 4
         create_graph = torch.is_grad_enabled()
-        logits, targets, divisor, stats = ctx.saved_tensors
+        local, targets, divisor, stats = ctx.saved_tensors
         plan = ctx.plan
         with torch.no_grad():
             grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
-            gradient = logits.detach() if plan.inplace_backward else torch.empty_like(logits)
-            plan.rows.backward(grad_terms, logits, targets, stats, gradient)
+            gradient = local.detach() if plan.inplace_backward else torch.empty_like(local)
+            plan.rows.backward(grad_terms, local, targets, stats, gradient)
             if plan.inplace_backward:
-                torch.autograd.graph.increment_version(logits)
+                torch.autograd.graph.increment_version(local)
         if create_graph:
-            gradient = _RefuseSecondDerivative.apply(gradient, logits)
+            gradient = _RefuseSecondDerivative.apply(gradient, local)
         return gradient, None, None, None

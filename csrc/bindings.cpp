@@ -38,6 +38,9 @@ void check(const RowParams& params, bool is_backward) {
   require(params.columns > 0 && params.columns <= (int64_t{1} << 24),
           "columns must be in [1, 16777216]");
   require(params.vocab_size > 0, "vocab_size must be >= 1");
+  require(params.k_min == 0 ||
+              (params.k_min > 0 && params.k_min <= params.k_max && params.k_max <= params.columns),
+          "k_min and k_max must be in [1, columns], or k_min 0");
   require(params.threads > 0, "threads must be >= 1");
   require(params.logits && params.stats, "logits and stats must not be null");
   require(params.logits_dtype >= DType::kFloat32 && params.logits_dtype <= DType::kFloat16,
@@ -64,7 +67,7 @@ void run_forward(const RowParams& params) {
   check(params, false);
   check_labels(params);
   const py::gil_scoped_release release;
-  caref::cpu::run(kernels.forward, params);
+  caref::cpu::run(kernels.forward, params, caref::cpu::forward_workspace(params));
 }
 
 void run_backward(const RowParams& params) {
@@ -100,6 +103,9 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("beta", &RowParams::beta)
       .def_readwrite("vocab_size", &RowParams::vocab_size)
       .def_readwrite("with_sced", &RowParams::with_sced)
+      .def_readwrite("k_scale", &RowParams::k_scale)
+      .def_readwrite("k_min", &RowParams::k_min)
+      .def_readwrite("k_max", &RowParams::k_max)
       .def_readwrite("grad_row_stride", &RowParams::grad_row_stride)
       .def_readwrite("grad_term_stride", &RowParams::grad_term_stride)
       .def_readwrite("out_outer_stride", &RowParams::out_outer_stride)
@@ -142,6 +148,7 @@ PYBIND11_MODULE(_C, module) {
   py::module_ twins = module.def_submodule("row_math", "The row formulas, in float64.");
   twins.def("log_ratio_offset", &caref::log_ratio_offset);
   twins.def("entropy", &caref::entropy);
+  twins.def("row_support", &caref::row_support);
   twins.def("sced_density", [](double p, double log_ratio, double q, double alpha, double beta) {
     return caref::sced_density(p, log_ratio, q, caref::Exponents(alpha, beta));
   });

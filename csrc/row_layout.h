@@ -40,6 +40,15 @@ enum Statistic : int {
   kNumStatistics = 5
 };
 
+// Further columns of rows with a mask, (N, 8) in all; twins of objective.MASK_STATISTICS.  k, the
+// k-th largest logit, and (k - n_gt) / n_eq.
+enum MaskStatistic : int {
+  kSupport = kNumStatistics + 0,
+  kThreshold = kNumStatistics + 1,
+  kTieWeight = kNumStatistics + 2,
+  kNumMaskedStatistics = kNumStatistics + 3
+};
+
 // Row i of the N = outer_rows * inner_rows rows lies at
 //   (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride   elements from `logits`,
 // its columns next to one another.  Terms and statistics are contiguous, in float (double for
@@ -61,6 +70,11 @@ struct RowParams {
   double beta = 1.0;
   int64_t vocab_size = 0;
   bool with_sced = true;
+  // k = ceil(k_scale exp(H)) clipped to [k_min, k_max], which are in [1, columns]; k_min = 0 for no
+  // mask.
+  double k_scale = 0.0;
+  int64_t k_min = 0;
+  int64_t k_max = 0;
 
   void* terms = nullptr;
   void* stats = nullptr;
@@ -74,6 +88,10 @@ struct RowParams {
 
   int32_t threads = 1;
 
+  CAREF_HD bool is_masked() const { return k_min > 0; }
+  CAREF_HD int64_t num_statistics() const {
+    return is_masked() ? int64_t{kNumMaskedStatistics} : int64_t{kNumStatistics};
+  }
   CAREF_HD int64_t rows() const { return outer_rows * inner_rows; }
   CAREF_HD int64_t logits_offset(int64_t row) const {
     return (row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride;

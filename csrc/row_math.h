@@ -66,6 +66,13 @@ CAREF_HD double log_ratio_offset(double residual, double vocab_size) {
 // H = log1p(r) - ybar.
 CAREF_HD double entropy(double residual, double mean_shift) { return log1p(residual) - mean_shift; }
 
+// k of a row: its budget; twin of sparsity.row_support.  NaN gives k_min.
+CAREF_HD int64_t row_support(double entropy, double k_scale, int64_t k_min, int64_t k_max) {
+  const double wanted = ceil(k_scale * exp(entropy));
+  if (!(wanted > static_cast<double>(k_min))) return k_min;
+  return wanted < static_cast<double>(k_max) ? static_cast<int64_t>(wanted) : k_max;
+}
+
 // f = (p |L|)^alpha q^beta with q = 1 - p.
 template <typename X>
 CAREF_HD X sced_density(X p, X log_ratio, X q, const Exponents& exponents) {

@@ -21,7 +21,7 @@ CONSTRUCTORS = (
 )  # fmt: skip
 # Backends whose tensors lie on a GPU; under Triton's interpreter, which stands for one, on the CPU.
 ON_CUDA = () if triton_interpreter.ACTIVE else ("triton",)
-OF_THE_PACKAGE = ("make_case", "confident_logits")
+OF_THE_PACKAGE = ("make_case", "confident_logits", "make_problem")  # and of the tests of heads
 
 
 def missing() -> str | None:
@@ -62,6 +62,11 @@ def moved(make: Callable, device: str) -> Callable:
         made_here = make(*arguments, **options)
         if isinstance(made_here, torch.Tensor):
             return made_here.to(device).requires_grad_(leaf)
-        return type(made_here)(*(part.to(device) for part in made_here))
+        return type(made_here)(*(_at(part, device) for part in made_here))
 
     return made
+
+
+def _at(part: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    """``part`` on ``device``; a leaf stays one."""
+    return None if part is None else part.detach().to(device).requires_grad_(part.requires_grad)

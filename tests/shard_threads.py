@@ -12,6 +12,9 @@ from torch import Tensor
 from caref_kernels import CarefConfig
 from caref_kernels.shards import ShardRows
 
+# Triton's interpreter has global state; a backward exchanges nothing, so it may run alone.
+_ONE_AT_A_TIME = threading.Lock()
+
 
 class Meeting:
     """Where the threads put their values; :meth:`rank` makes the exchange of one of them."""
@@ -85,8 +88,9 @@ def evaluate_split(logits: Tensor, labels: Tensor, cuts: list[int], backend: str
         gradients = []
         for weights in parts:
             out = local.clone()
-            grad_terms = torch.tensor([weights], dtype=stats.dtype).expand(len(labels), -1)
-            rows.backward(grad_terms, out, labels, stats, out)
+            grad_terms = stats.new_tensor([weights]).expand(len(labels), -1)
+            with _ONE_AT_A_TIME:
+                rows.backward(grad_terms, out, labels, stats, out)
             gradients.append(out)
         if rank == 0:
             assert meeting.calls == forward_calls, "the backward exchanges nothing"

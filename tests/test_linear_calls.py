@@ -173,7 +173,7 @@ def test_inputs_stay_as_they_are_A09(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(problem), strict=True))
 
 
-def test_checkpoint_A14(backend):
+def test_checkpointed_head_A14(backend):
     problem = make_problem(seed=8)
     plain = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
     loss = torch.utils.checkpoint.checkpoint(
@@ -223,9 +223,10 @@ def test_function_transforms_are_refused_A19(backend):
 def test_autocast_D05(backend, dtype):
     """The products in 16 bits; the gradient of the float32 weight is never rounded to them."""
     problem = make_problem(seed=11)
-    with torch.autocast("cpu", dtype):
+    device = problem.hidden.device.type
+    with torch.autocast(device, dtype):
         loss = linear_caref_loss(*problem, chunk_rows=8, backend=backend)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             full = linear_caref_loss(*problem, backend=backend)
     loss.backward()
     low = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves(problem)]
@@ -237,7 +238,7 @@ def test_autocast_D05(backend, dtype):
         assert leaf.grad.dtype == torch.float32
         check_identity(leaf.grad, expected, identity)
     assert not torch.equal(problem.weight.grad, problem.weight.grad.to(dtype).float())
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         wide = doubled(problem)
         assert linear_caref_loss(*wide, backend=backend).dtype == torch.float64
 
@@ -249,7 +250,7 @@ compiler = pytest.mark.filterwarnings(
 
 @compiler
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)])
-def test_opcheck_C01(backend, needs):
+def test_opcheck_of_heads_C01(backend, needs):
     problem = make_problem(6, 33, 4, ignored=2)
     hidden, weight, bias = (tensor.detach() for tensor in leaves(problem))
     spec = (*CarefConfig().row_spec(33), backend)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caref_kernels import backends, caref_loss
+from caref_kernels import CarefConfig, EntropyTopK, TopK, backends, caref_loss, fused_sced, objective, ops, sparsity
 from caref_kernels.testing import (
     check_at_most,
     check_evaluation,
@@ -329,3 +329,27 @@ def test_sixteen_bits_are_the_upcast_values_Y22(drawn):
     for name, term in narrow.terms._asdict().items():
         assert torch.equal(term, getattr(wide.terms, name)), name
     check_evaluation(narrow, oracle(logits, labels))
+
+
+@every_row
+@given(row_sets(), st.integers(1, 310), st.integers(1, 310), st.floats(0.01, 3))
+def test_masks_Y17(drawn, k, other, scale):
+    """The exact mask of a sort; SCED does not fall with k, and that of all columns is the unmasked one."""
+    logits, labels, backend = drawn
+    valid = labels != -100
+    columns, smaller, larger = logits.size(-1), min(k, other), max(k, other)
+    for policy in (TopK(k), EntropyTopK(scale=scale)):
+        spec = CarefConfig(sparsity=policy, return_terms=True).row_spec(columns)
+        _, stats = ops.forward(logits, valid, *spec, backend)
+        support, *mask = stats[valid][:, len(objective.STATISTICS) :].unbind(-1)
+        exact = sparsity.top_mask(logits[valid], support.long()[:, None])
+        assert torch.equal(torch.stack([support, *mask], -1), exact.statistics())
+        assert torch.equal(support, support.clamp(1, columns).ceil())
+        check_identity(exact.weight.double().sum(-1), support, "float32")
+    values = [
+        fused_sced(logits, valid=valid, sparsity=policy, reduction="none", backend=backend)
+        for policy in (TopK(smaller), TopK(larger), TopK(columns), None)
+    ]
+    for smaller_value, larger_value in zip(values[:2], values[1:3], strict=True):
+        check_at_most(smaller_value, larger_value, "float32_terms")
+    check_at_most((values[2] - values[3]).abs(), 0.0, "float32_terms")

@@ -38,8 +38,6 @@ class CpuBackend:
         """Needs the compiled module and logits on the CPU."""
         if _C is None:
             return _missing
-        if spec is not None and spec.is_masked:
-            return "its kernels have no top-k selection"
         if logits.device.type != "cpu":
             return f"logits are on {logits.device}, this backend takes CPU tensors"
         return None
@@ -77,7 +75,8 @@ def _row_params(logits: Tensor, targets: Tensor | None, spec: RowSpec) -> _C.Row
     params.outer_stride, params.inner_stride = _row_strides(logits)
     if targets is not None:
         params.targets, params.targets_dtype = targets.data_ptr(), _C.DTYPES[str(targets.dtype)]
-    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced = spec[:5]
+    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced, *budget = spec
+    params.k_scale, params.k_min, params.k_max = budget
     params.threads = 1 if _is_forked else torch.get_num_threads()
     return params
 

@@ -21,6 +21,7 @@ from .cases import (
     evaluate_eager,
     make_case,
     oracle,
+    oracle_given,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "evaluate_eager",
     "make_case",
     "oracle",
+    "oracle_given",
 ]

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ..config import CarefConfig
 from ..functional import CarefOutput, caref_loss
 from ..objective import accumulation_dtype
+from ..sparsity import TopK
 
 Regime = Callable[[int, int, torch.Generator], Tensor]
 
@@ -142,6 +143,17 @@ def evaluate(logits: Tensor, labels: Tensor, parts: Iterable[str] = GRADIENT_PAR
 def oracle(logits: Tensor, labels: Tensor, parts: Iterable[str] = GRADIENT_PARTS, **options) -> Evaluation:
     """:func:`evaluate` by the reference in float64 on the upcast logits; ``options`` must not name a backend."""
     return evaluate(logits.double(), labels, parts, backend="reference", **options)
+
+
+def oracle_given(support: Tensor, logits: Tensor, labels: Tensor, parts: Iterable[str] = GRADIENT_PARTS, **options):
+    """:func:`oracle` with ``TopK(support[row])`` for each row (N,): a mask's values are compared given its k."""
+    singles = [
+        oracle(logits[row : row + 1], labels[row : row + 1], parts, sparsity=TopK(int(k)), **options)
+        for row, k in enumerate(support.tolist())
+    ]
+    terms = Terms(*(torch.cat([getattr(single.terms, name) for single in singles]) for name in Terms._fields))
+    gradients = {part: torch.cat([single.gradients[part] for single in singles]) for part in parts}
+    return Evaluation(terms, gradients, logits.size(-1))
 
 
 def eager_terms(

@@ -2,6 +2,7 @@
 // gradients are scaled by the row's incoming gradient and added in T, and rounded once.
 #include "kernels.h"
 #include "rows.h"
+#include "select.h"
 
 namespace caref::cpu::CAREF_ISA {
 namespace {
@@ -15,14 +16,21 @@ struct RowBackward {
   double mean_shift;
   double slope_sum;
   double grad_ce, grad_sced, grad_kl;
-  double top_slope = 0.0;  // q_a p_a f'_a
+  double top_slope = 0.0;  // q_a p_a w_a f'_a
+  Key<T> threshold = -kInfinityKey<T>;
+  double tie_weight = 1.0;
 
   RowBackward(const RowParams& params, int64_t row, const Target& target,
               const Exponents& exponents)
-      : RowBackward(static_cast<const T*>(params.stats) + row * kNumStatistics,
+      : RowBackward(static_cast<const T*>(params.stats) + row * params.num_statistics(),
                     static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride,
                     params.grad_term_stride, static_cast<double>(params.vocab_size)) {
     if (!target.has_label) grad_ce = 0.0;
+    if (params.is_masked()) {
+      const T* stats = static_cast<const T*>(params.stats) + row * params.num_statistics();
+      threshold = key_at(stats + kThreshold);
+      tie_weight = static_cast<double>(stats[kTieWeight]);
+    }
     if (!params.with_sced || is_one_hot(static_cast<T>(constants.residual))) {
       grad_sced = 0.0;
     } else {
@@ -36,8 +44,14 @@ struct RowBackward {
     return !std::isnan(constants.residual) && argmax >= 0 && argmax < columns;
   }
 
-  // The gradient of column `column`, whose shift is `raw_shift`, in double.
-  double one(int64_t column, double raw_shift, const Target& target,
+  // w of the column with this key.
+  double weight(Key<T> key) const {
+    return key > threshold ? 1.0 : key == threshold ? tie_weight : 0.0;
+  }
+
+  // The gradient of column `column`, whose shift is `raw_shift` and whose place in the mask is
+  // `weight`, in double.
+  double one(int64_t column, double raw_shift, double weight, const Target& target,
              const Exponents& exponents) const {
     const bool is_top = column == argmax, is_label = target.has_label && column == target.label;
     const bool is_empty = raw_shift < -700.0;  // e^y is 0 there, and y may be -inf
@@ -47,7 +61,8 @@ struct RowBackward {
     double sced = 0.0;
     if (grad_sced != 0.0) {
       const double own =
-          is_top ? top_slope : p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
+          is_top ? top_slope
+                 : weight * p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
       sced = own - p * slope_sum - (is_top ? 0.0 : e / constants.residual * top_slope);
     }
     return grad_ce * (is_label ? -q : p) + grad_sced * sced + grad_kl * p * (y - mean_shift);
@@ -67,20 +82,6 @@ struct RowBackward {
         grad_kl(grads[kKl * stride]) {}
 };
 
-// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
-template <int A, int B, typename V>
-CAREF_HD V even_slope(V p, V log_ratio) {
-  const V t = p * log_ratio;
-  const V q = 1 - p;
-  V slope = A * (log_ratio + 1);
-  if constexpr (B > 0) slope = slope * q - B * t;
-#pragma GCC unroll 8
-  for (int i = 1; i < A; ++i) slope *= t;
-#pragma GCC unroll 8
-  for (int i = 1; i < B; ++i) slope *= q;
-  return slope;
-}
-
 // The gradient of every column but the arg-max and the label, which the caller writes again.
 // p (C + grad_kl y + grad_sced f') with the constants of the row in C.
 template <typename S, typename T, typename Kind>
@@ -88,6 +89,8 @@ struct ColumnGradient {
   T maximum, inverse_d, c, constant, kl, sced;
   T share,
       top_slope;  // grad_sced * q_a p_a f'_a * e / r, kept apart where the product could overflow
+  Key<T> threshold;
+  T tied_sced;  // grad_sced times the weight of a column at the threshold
   const Exponents& exponents;
 
   ColumnGradient(const RowBackward<T>& row, const Exponents& all)
@@ -98,6 +101,8 @@ struct ColumnGradient {
         sced(static_cast<T>(row.grad_sced)),
         share(0),
         top_slope(0),
+        threshold(row.threshold),
+        tied_sced(static_cast<T>(row.grad_sced * row.tie_weight)),
         exponents(all) {
     double sum = row.grad_sced == 0.0 ? 0.0 : row.slope_sum;
     if (Kind::kSced && row.grad_sced != 0.0) {
@@ -117,13 +122,24 @@ struct ColumnGradient {
     const Vec<T> p = e * inverse_d;
     Vec<T> inner = kl * y + constant;
     if constexpr (Kind::kOnePass) {
-      inner += sced * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
+      inner += weight(x) * even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - c);
     } else if constexpr (Kind::kSced) {
       const Vec<T> q = 1 - p;
-      inner += sced * (sced_slope<T>(p, y - c, q, exponents) / q);
+      inner += weight(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
       return p * inner - e * share * top_slope;
     }
     return p * inner;
+  }
+
+  // grad_sced w.
+  CAREF_HD auto weight(Vec<T> x) const {
+    if constexpr (kIsMasked<Kind>) {
+      const Keys<T> keys = keys_of<T>(x);
+      const Vec<T> tied = keys == threshold ? splat<T>(tied_sced) : Vec<T>{};
+      return keys > threshold ? splat<T>(sced) : tied;
+    } else {
+      return sced;
+    }
   }
 };
 
@@ -144,17 +160,18 @@ CAREF_HD void fetch_ahead(const S* place) {
 
 template <typename S, typename Kind>
 void backward_row(const S* logits, S* out, int64_t columns,
-                  const RowBackward<typename Storage<S>::Arithmetic>& row, const Target& target,
+                  RowBackward<typename Storage<S>::Arithmetic>& row, const Target& target,
                   const Exponents& exponents) {
   using T = typename Storage<S>::Arithmetic;
   constexpr int kLanes = Lanes<T>::kCount;
   const double maximum = static_cast<double>(row.maximum);
+  row.top_slope *= row.weight(key_at(logits + row.argmax));
   // The two columns that need their own form, before the row may be overwritten in place.
-  const double top = row.one(row.argmax, 0.0, target, exponents);
+  const double top = row.one(row.argmax, 0.0, 1.0, target, exponents);
   const double label =
       target.has_label
           ? row.one(target.label, static_cast<double>(load_one(logits + target.label)) - maximum,
-                    target, exponents)
+                    row.weight(key_at(logits + target.label)), target, exponents)
           : 0.0;
   const ColumnGradient<S, T, Kind> gradient(row, exponents);
   const int64_t whole = columns - columns % kLanes;
@@ -186,7 +203,7 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
       fill_row(out, params.columns, 0.0);
       continue;
     }
-    const RowBackward<T> row(params, i, target, exponents);
+    RowBackward<T> row(params, i, target, exponents);
     if (!row.is_usable(params.columns)) {
       fill_row(out, params.columns, std::numeric_limits<double>::quiet_NaN());
       continue;
@@ -197,9 +214,9 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void backward(const RowParams& params, int64_t begin, int64_t end) {
+void backward(const RowParams& params, int64_t begin, int64_t end, void*) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) {
+    visit_kind(params, [&](auto kind) {
       backward_rows<decltype(storage), decltype(kind)>(params, begin, end);
     });
   });

@@ -1,7 +1,10 @@
 // Terms and statistics of rows.  One read of the row for even exponents: the row is taken in blocks
 // that fit the first-level cache; each block is looked at for a new maximum and then summed.  Other
 // exponents read the row a second time.
+#include <type_traits>
+
 #include "kernels.h"
+#include "masked.h"
 #include "rows.h"
 
 namespace caref::cpu::CAREF_ISA {
@@ -118,11 +121,6 @@ void sum_row(BlockReader<S>& block, RowSums<T, Kind>& sums) {
   take_wide(sums);
 }
 
-struct ScedSums {
-  double density = 0.0;
-  double slope = 0.0;
-};
-
 // The second pass: sum f and sum p f' over the columns other than the arg-max.
 template <typename S, typename T>
 ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowConstants<T>& row,
@@ -152,32 +150,58 @@ template <typename T>
 void write_row(const RowParams& params, int64_t row, const double (&terms)[kNumTerms],
                const double (&stats)[kNumStatistics]) {
   T* terms_out = static_cast<T*>(params.terms) + row * kNumTerms;
-  T* stats_out = static_cast<T*>(params.stats) + row * kNumStatistics;
+  T* stats_out = static_cast<T*>(params.stats) + row * params.num_statistics();
   for (int i = 0; i < kNumTerms; ++i) terms_out[i] = static_cast<T>(terms[i]);
   for (int i = 0; i < kNumStatistics; ++i) stats_out[i] = static_cast<T>(stats[i]);
+  // Of rows without a mask of their own: 0 or NaN, as the rest.
+  for (int i = kNumStatistics; i < params.num_statistics(); ++i)
+    stats_out[i] = stats_out[kResidual];
+}
+
+template <typename T>
+void write_mask(const RowParams& params, int64_t row, const RowMask<T>& mask) {
+  T* stats = static_cast<T*>(params.stats) + row * params.num_statistics();
+  stats[kSupport] = static_cast<T>(mask.support);
+  stats[kThreshold] = value_of<T>(mask.selection.threshold);
+  stats[kTieWeight] = static_cast<T>(mask.tie_weight);
+}
+
+// A row without a softmax.
+template <typename T>
+void write_nan_row(const RowParams& params, int64_t row, const Target& target,
+                   double (&stats)[kNumStatistics]) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  stats[kResidual] = stats[kMeanShift] = stats[kSlopeSum] = nan;
+  write_row<T>(params, row, {target.has_label ? nan : 0.0, params.with_sced ? nan : 0.0, nan},
+               stats);
+}
+
+template <typename S, typename Kind, typename T = typename Storage<S>::Arithmetic>
+ScedSums second_pass(BlockReader<S>& block, const RowMask<T>& mask, T maximum, int64_t argmax,
+                     const RowConstants<T>& row, const Exponents& exponents) {
+  if constexpr (kIsMasked<Kind>) {
+    return sum_masked<S, Kind>(block, mask, maximum, argmax, row, exponents);
+  } else {
+    return sum_sced<S, T>(block, maximum, argmax, row, exponents);
+  }
 }
 
 template <typename S, typename Kind>
 void forward_row(const RowParams& params, const Exponents& exponents, int64_t row,
-                 const Target& target) {
+                 const Target& target, void* workspace) {
   using T = typename Storage<S>::Arithmetic;
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
-  RowSums<T, Kind> sums;
+  // The budget of a mask depends on the entropy, so SCED takes a second look at the row.
+  RowSums<T, std::conditional_t<kIsMasked<Kind>, NoSced, Kind>> sums;
   sum_row(block, sums);
   double terms[kNumTerms] = {}, stats[kNumStatistics] = {};
   stats[kMaximum] = sums.maximum;
   stats[kArgmax] = static_cast<double>(sums.argmax);
   if (!std::isfinite(sums.maximum) || sums.is_nan || std::isnan(sums.residual)) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    stats[kResidual] = stats[kMeanShift] = stats[kSlopeSum] = nan;
-    terms[kCe] = target.has_label ? nan : 0.0;
-    terms[kSced] = Kind::kSced ? nan : 0.0;
-    terms[kKl] = nan;
-    return write_row<T>(params, row, terms, stats);
+    return write_nan_row<T>(params, row, target, stats);
   }
-  const double vocab_size = static_cast<double>(params.vocab_size);
-  const double d = 1.0 + sums.residual;
+  const double vocab_size = static_cast<double>(params.vocab_size), d = 1.0 + sums.residual;
   const double c = log_ratio_offset(sums.residual, vocab_size);
   const double mean_shift = sums.first_moment / d;
   stats[kResidual] = sums.residual;
@@ -189,34 +213,38 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
     terms[kCe] = log1p(sums.residual) - y;
   }
   const T residual = static_cast<T>(sums.residual);
+  [[maybe_unused]] const auto mask = select_mask<S, Kind>(
+      params, logits, sums.argmax, entropy(sums.residual, mean_shift), workspace);
   if constexpr (Kind::kSced) {
     if (is_one_hot(residual)) {
       terms[kSced] = params.beta == 0.0 ? power(std::fabs(c), exponents.alpha) : 0.0;
     } else {
       const RowConstants<T> constants(residual, vocab_size);
-      double rest;
-      if constexpr (Kind::kOnePass) {
+      double rest, top = sced_density(1.0 / d, -c, sums.residual / d, exponents);
+      if constexpr (Kind::kOnePass && !kIsMasked<Kind>) {
         rest = sums.moments.sced(c, d);
         stats[kSlopeSum] = sums.moments.slope_sum(constants.c, constants.d);
       } else {
         const ScedSums sced =
-            sum_sced<S, T>(block, sums.maximum, sums.argmax, constants, exponents);
+            second_pass<S, Kind>(block, mask, sums.maximum, sums.argmax, constants, exponents);
         rest = sced.density;
         stats[kSlopeSum] = sced.slope;
+        if constexpr (kIsMasked<Kind>) top *= mask.weight(mask.top);
       }
-      terms[kSced] = rest + sced_density(1.0 / d, -c, sums.residual / d, exponents);
+      terms[kSced] = rest + top;
     }
   }
   write_row<T>(params, row, terms, stats);
+  if constexpr (kIsMasked<Kind>) write_mask<T>(params, row, mask);
 }
 
 template <typename S, typename Kind>
-void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
+void forward_rows(const RowParams& params, int64_t begin, int64_t end, void* workspace) {
   const Exponents exponents(params.alpha, params.beta);
   for (int64_t row = begin; row < end; ++row) {
     const Target target = target_of(params, row);
     if (target.counts) {
-      forward_row<S, Kind>(params, exponents, row, target);
+      forward_row<S, Kind>(params, exponents, row, target, workspace);
     } else {
       write_row<typename Storage<S>::Arithmetic>(params, row, {}, {});
     }
@@ -225,10 +253,10 @@ void forward_rows(const RowParams& params, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void forward(const RowParams& params, int64_t begin, int64_t end) {
+void forward(const RowParams& params, int64_t begin, int64_t end, void* workspace) {
   visit_storage(params.logits_dtype, [&](auto storage) {
-    visit_exponents(params, [&](auto kind) {
-      forward_rows<decltype(storage), decltype(kind)>(params, begin, end);
+    visit_kind(params, [&](auto kind) {
+      forward_rows<decltype(storage), decltype(kind)>(params, begin, end, workspace);
     });
   });
 }

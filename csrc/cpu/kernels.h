@@ -7,8 +7,9 @@
 
 namespace caref::cpu {
 
-// Terms and statistics, or the gradient, of the rows [begin, end).
-using RowRangeKernel = void (*)(const RowParams&, int64_t begin, int64_t end);
+// Terms and statistics, or the gradient, of the rows [begin, end), with `workspace_bytes` of memory
+// of this thread's own.
+using RowRangeKernel = void (*)(const RowParams&, int64_t begin, int64_t end, void* workspace);
 
 struct KernelSet {
   const char* instruction_set;
@@ -16,10 +17,10 @@ struct KernelSet {
   RowRangeKernel backward;
 };
 
-#define CAREF_DECLARE_KERNELS(isa)                             \
-  namespace isa {                                              \
-  void forward(const RowParams&, int64_t begin, int64_t end);  \
-  void backward(const RowParams&, int64_t begin, int64_t end); \
+#define CAREF_DECLARE_KERNELS(isa)                                    \
+  namespace isa {                                                     \
+  void forward(const RowParams&, int64_t begin, int64_t end, void*);  \
+  void backward(const RowParams&, int64_t begin, int64_t end, void*); \
   }
 
 #if defined(__x86_64__)
@@ -41,6 +42,9 @@ BadLabel find_bad_label(const RowParams& params);
 
 // Run a kernel over all rows with params.threads threads.  The result does not depend on their
 // number.
-void run(RowRangeKernel kernel, const RowParams& params);
+void run(RowRangeKernel kernel, const RowParams& params, int64_t workspace_bytes = 0);
+
+// What the forward needs: the keys of a row, for the selection of a mask.
+int64_t forward_workspace(const RowParams& params);
 
 }  // namespace caref::cpu

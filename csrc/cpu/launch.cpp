@@ -1,5 +1,8 @@
 // Choice of the instruction set at run time, the label check, and the loop over rows with OpenMP.
+#include <omp.h>
+
 #include <cstring>
+#include <memory>
 
 #include "kernels.h"
 
@@ -82,7 +85,13 @@ BadLabel find_bad_label(const RowParams& params) {
   return {-1, 0};
 }
 
-void run(RowRangeKernel kernel, const RowParams& params) {
+int64_t forward_workspace(const RowParams& params) {
+  if (!params.is_masked()) return 0;
+  // A key is as wide as the arithmetic; a few registers more, because lists end in whole ones.
+  return (params.columns + 128) * (params.logits_dtype == DType::kFloat64 ? 8 : 4);
+}
+
+void run(RowRangeKernel kernel, const RowParams& params, int64_t workspace_bytes) {
   const int64_t rows = params.rows();
   if (rows == 0) return;
   const int64_t useful = rows * params.columns / kMinElementsPerThread + 1;
@@ -90,12 +99,15 @@ void run(RowRangeKernel kernel, const RowParams& params) {
   // Rows are handed out as threads become free, because rows that are left out cost nothing.
   const int64_t wanted = kMinElementsPerThread / params.columns + 1;
   const int64_t chunk = wanted < rows ? wanted : rows;
+  // Allocated before any thread starts, where running out of memory can still be an error.
+  const std::unique_ptr<char[]> workspaces(new char[threads * workspace_bytes]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const FlushDenormals flush;
+    void* workspace = workspaces.get() + omp_get_thread_num() * workspace_bytes;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t begin = 0; begin < rows; begin += chunk) {
-      kernel(params, begin, begin + chunk < rows ? begin + chunk : rows);
+      kernel(params, begin, begin + chunk < rows ? begin + chunk : rows, workspace);
     }
   }
 }

@@ -49,11 +49,16 @@ struct NoSced {
   static constexpr bool kOnePass = false;
   static constexpr bool kSced = false;
 };
+// A kind whose SCED is over the top k alone.
+template <typename Kind>
+struct Masked : Kind {};
+template <typename Kind>
+constexpr bool kIsMasked = false;
+template <typename Kind>
+constexpr bool kIsMasked<Masked<Kind>> = true;
 
-// Calls visitor(kind) with the kind of kernel that the exponents of `params` need.
 template <typename Visitor>
-void visit_exponents(const RowParams& params, Visitor visitor) {
-  if (!params.with_sced) return visitor(NoSced{});
+void visit_sced(const RowParams& params, Visitor visitor) {
   const double alpha = params.alpha, beta = params.beta;
   if (alpha == 2.0 && beta == 0.0) return visitor(EvenExponents<2, 0>{});
   if (alpha == 2.0 && beta == 1.0) return visitor(EvenExponents<2, 1>{});
@@ -62,6 +67,30 @@ void visit_exponents(const RowParams& params, Visitor visitor) {
   if (alpha == 4.0 && beta == 1.0) return visitor(EvenExponents<4, 1>{});
   if (alpha == 4.0 && beta == 2.0) return visitor(EvenExponents<4, 2>{});
   visitor(AnyExponents{});
+}
+
+// Calls visitor(kind) with the kind of kernel that the mask and the exponents of `params` need.
+template <typename Visitor>
+void visit_kind(const RowParams& params, Visitor visitor) {
+  if (!params.with_sced) return visitor(NoSced{});
+  visit_sced(params, [&](auto kind) {
+    if (params.is_masked()) return visitor(Masked<decltype(kind)>{});
+    visitor(kind);
+  });
+}
+
+// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
+template <int A, int B, typename V>
+CAREF_HD V even_slope(V p, V log_ratio) {
+  const V t = p * log_ratio;
+  const V q = 1 - p;
+  V slope = A * (log_ratio + 1);
+  if constexpr (B > 0) slope = slope * q - B * t;
+#pragma GCC unroll 8
+  for (int i = 1; i < A; ++i) slope *= t;
+#pragma GCC unroll 8
+  for (int i = 1; i < B; ++i) slope *= q;
+  return slope;
 }
 
 // Calls visitor(storage) with a value of the type that the logits are stored in.

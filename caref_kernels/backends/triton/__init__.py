@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import struct
 
 import torch
 from torch import Tensor
@@ -37,8 +38,6 @@ class TritonBackend:
 
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs triton, and logits on a GPU that it compiles for, or on the CPU under its interpreter."""
-        if spec is not None and spec.is_masked:
-            return "its kernels have no top-k selection"
         if not _is_installed():
             return "triton is not installed (pip install triton, on Linux)"
         if INTERPRETED:
@@ -63,6 +62,8 @@ class TritonBackend:
             plan = tiling.forward_plan(rows, logits.size(-1), _storage(logits), _device(logits.device))
             with _guard(logits):
                 _launch_forward(_Rows(logits, targets, spec), terms, stats, plan)
+                if spec.is_masked:
+                    _launch_selection(_Rows(logits, targets, spec), terms, stats, spec)
         return terms, stats
 
     def backward(
@@ -96,37 +97,55 @@ class _Rows:
         kind = "none" if targets is None else "mask" if targets.dtype == torch.bool else "labels"
         # Never read if there are none; a mask is read as bytes.
         self.targets = logits if targets is None else targets.view(torch.uint8) if kind == "mask" else targets
-        self.path = tiling.path(spec.alpha, spec.beta, spec.with_sced, kind)
+        self.path = tiling.path(spec.alpha, spec.beta, spec.with_sced, kind, spec.is_masked)
 
 
 def _launch_forward(row: _Rows, terms: Tensor, stats: Tensor, plan: tiling.Plan) -> None:
     from . import forward
 
     tile, splits = plan
+    path = row.path.before_selection if row.path.masked else row.path
     options = _options(tile)
     layout = (row.columns, row.inner_rows, *row.strides)
     count = terms.size(0)
     if splits == 1:
         forward.row_kernel[(count,)](
-            row.logits, row.targets, terms, stats, *layout, row.vocab_size, row.ignore_index, row.path, tile, **options
+            row.logits, row.targets, terms, stats, *layout, row.vocab_size, row.ignore_index, path, tile, **options
         )
         return
     dtype = forward.ELEMENT[terms.dtype]
-    width = forward.PARTIAL_HEAD.value + 2 + row.path.moments
+    width = forward.PARTIAL_HEAD.value + 2 + path.moments
     partials = torch.empty((count, splits, width), dtype=torch.float64, device=terms.device)
     sced_partials = torch.empty((count, splits, 2), dtype=torch.float64, device=terms.device)
     forward.partial_kernel[(count * splits,)](
-        row.logits, row.targets, partials, *layout, row.ignore_index, splits, dtype, row.path, tile, **options
+        row.logits, row.targets, partials, *layout, row.ignore_index, splits, dtype, path, tile, **options
     )
-    if row.path.second_pass:
+    if path.second_pass:
         forward.second_kernel[(count * splits,)](
             row.logits, row.targets, partials, sced_partials, *layout, row.vocab_size, row.ignore_index, splits, dtype,
-            row.path, tile, tiling.MOST_SPLITS, **options,
+            path, tile, tiling.MOST_SPLITS, **options,
         )  # fmt: skip
     forward.finish_kernel[(count,)](
         row.logits, row.targets, partials, sced_partials, terms, stats, *layout, row.vocab_size, row.ignore_index,
-        splits, row.path, tile, tiling.MOST_SPLITS, **options | {"num_warps": 1},
+        splits, path, tile, tiling.MOST_SPLITS, **options | {"num_warps": 1},
     )  # fmt: skip
+
+
+def _launch_selection(row: _Rows, terms: Tensor, stats: Tensor, spec: RowSpec) -> None:
+    from . import select
+
+    count = terms.size(0)
+    plan = tiling.selection_plan(count, _storage(row.logits), _device(row.logits.device))
+    tile, sizes, programs = plan
+    lists = torch.empty((programs, sizes.slots * sizes.room), dtype=row.logits.dtype, device=row.logits.device)
+    select.mask_kernel[(programs,)](
+        row.logits, row.targets, terms, stats, lists, count, row.columns, row.inner_rows, *row.strides, row.vocab_size,
+        row.ignore_index, (_bits(spec.k_scale), spec.k_min, spec.k_max), row.path, tile, sizes, **_options(tile),
+    )  # fmt: skip
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _row_strides(rows: Tensor) -> tuple[int, int]:

@@ -19,15 +19,18 @@ ARGMAX = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
 MEAN_SHIFT = tl.constexpr(3)
 SLOPE_SUM = tl.constexpr(4)
-NUM_STATISTICS = tl.constexpr(5)
+# Further ones of rows with a mask, twins of objective.MASK_STATISTICS.
+SUPPORT = tl.constexpr(5)
+THRESHOLD = tl.constexpr(6)
+TIE_WEIGHT = tl.constexpr(7)
 CE = tl.constexpr(0)
 SCED = tl.constexpr(1)
 KL = tl.constexpr(2)
 
 
 @triton.jit
-def statistic(stats, row, INDEX: tl.constexpr):
-    return tl.load(stats + row * NUM_STATISTICS + INDEX).to(tl.float64)
+def statistic(stats, row, INDEX: tl.constexpr, PATH: tl.constexpr):
+    return tl.load(stats + row * PATH.statistics + INDEX).to(tl.float64)
 
 
 @triton.jit
@@ -48,13 +51,13 @@ def row_slopes(stats, grads, row, vocab_size, PATH: tl.constexpr):
 
     (maximum, residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, gradient of the arg-max column without
     CE) as float64 scalars, where p (constant + grad_kl y + grad_sced f') is the gradient of every other column and
-    top_slope is q_a p_a f'_a.
+    top_slope is w_a q_a p_a f'_a.
     """
     grad_ce, grad_sced, grad_kl = grads
     dtype: tl.constexpr = stats.dtype.element_ty
-    stored = tl.load(stats + row * NUM_STATISTICS + RESIDUAL)
+    stored = tl.load(stats + row * PATH.statistics + RESIDUAL)
     residual = stored.to(tl.float64)
-    mean_shift = statistic(stats, row, MEAN_SHIFT)
+    mean_shift = statistic(stats, row, MEAN_SHIFT, PATH)
     d = 1.0 + residual
     c = row_math.log_ratio_offset(residual, vocab_size).to(dtype).to(tl.float64)
     p_top = 1.0 / d
@@ -65,8 +68,12 @@ def row_slopes(stats, grads, row, vocab_size, PATH: tl.constexpr):
         one_hot = row_math.is_one_hot(stored)
         grad_sced = tl.where(one_hot, 0.0, grad_sced)
         q_top = tl.where(one_hot, 0.5, residual / d)  # the unused branch stays finite
-        slope_sum = tl.where(one_hot, 0.0, statistic(stats, row, SLOPE_SUM))
+        slope_sum = tl.where(one_hot, 0.0, statistic(stats, row, SLOPE_SUM, PATH))
         top_slope = p_top * row_math.sced_slope(p_top, -c, q_top, PATH.alpha, PATH.beta)
+        if PATH.masked:
+            highest = statistic(stats, row, MAXIMUM, PATH)
+            tie_weight = statistic(stats, row, TIE_WEIGHT, PATH)
+            top_slope *= row_math.mask_weight(highest, statistic(stats, row, THRESHOLD, PATH), tie_weight)
         top += grad_sced * (top_slope - p_top * slope_sum)
         if PATH.even:
             constant -= grad_sced * (slope_sum + top_slope / q_top)  # beta is an integer: p_a f'_a is finite
@@ -74,7 +81,7 @@ def row_slopes(stats, grads, row, vocab_size, PATH: tl.constexpr):
             constant -= grad_sced * slope_sum
     else:
         grad_sced = c * 0
-    return statistic(stats, row, MAXIMUM), residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top
+    return statistic(stats, row, MAXIMUM, PATH), residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top
 
 
 @triton.jit
@@ -105,8 +112,8 @@ def element_constants(slopes, dtype: tl.constexpr):
 
 
 @triton.jit
-def column_gradient(z, constants, PATH: tl.constexpr):
-    """The gradient of columns other than the arg-max and the label."""
+def column_gradient(z, constants, mask, PATH: tl.constexpr):
+    """The gradient of columns other than the arg-max and the label; ``mask`` is (threshold, tie weight), if any."""
     maximum, scale, c, constant, grad_sced, grad_kl, share, top_slope = constants
     y = row_math.clamp_shift(z - maximum)
     if z.dtype == tl.float64:
@@ -116,11 +123,16 @@ def column_gradient(z, constants, PATH: tl.constexpr):
         p = tl.exp2(y * row_math.LOG2E - scale)
     inner = y * grad_kl + constant
     if PATH.even:
-        inner += row_math.even_slope(p, y - c, grad_sced, PATH.alpha, PATH.beta)
-        return p * inner
+        slope = row_math.even_slope(p, y - c, grad_sced, PATH.alpha, PATH.beta)
+        if PATH.masked:
+            slope *= row_math.mask_weight(z, mask[0], mask[1])
+        return p * (inner + slope)
     elif PATH.with_sced:
         q = 1 - p
-        inner += grad_sced * (row_math.sced_slope(p, y - c, q, PATH.alpha, PATH.beta) / q)
+        slope = grad_sced * (row_math.sced_slope(p, y - c, q, PATH.alpha, PATH.beta) / q)
+        if PATH.masked:
+            slope *= row_math.mask_weight(z, mask[0], mask[1])
+        inner += slope
         # Two factors that stay in range where their product with 1/r does not (beta < 1 on a confident row).
         return p * inner - row_math.exponential(y) * share * top_slope
     else:
@@ -171,7 +183,9 @@ def special_columns(parts, start, specials, TILE: tl.constexpr):
 
 
 @triton.jit
-def write_gradient(base, out, bounds, slopes, special, PATH: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def write_gradient(
+    base, out, bounds, slopes, special, mask, PATH: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
     """The gradient in tiles [first, last) of a row with statistics."""
     columns, first, last = bounds
     argmax, label = special
@@ -188,7 +202,7 @@ def write_gradient(base, out, bounds, slopes, special, PATH: tl.constexpr, TILE:
             parts = rows.load_masked(base, start, columns, dtype, TILE)
         gradients = ()
         for part in tl.static_range(len(parts)):
-            gradients = gradients + (column_gradient(parts[part], constants, PATH),)
+            gradients = gradients + (column_gradient(parts[part], constants, mask, PATH),)
         stop = start + TILE.columns
         if ((argmax >= start) & (argmax < stop)) | ((label >= start) & (label < stop)):
             gradients = special_columns(gradients, start, specials, TILE)
@@ -214,14 +228,20 @@ def gradient_kernel(
     share = tl.cdiv(tiles, splits)
     first = tl.minimum(split * share, tiles)
     last = tl.minimum(first + share, tiles)
-    argmax = statistic(stats, row, ARGMAX)
+    argmax = statistic(stats, row, ARGMAX, PATH)
     # Statistics are data: an arg-max that is no column, or a NaN, makes the row NaN.
-    usable = (argmax >= 0) & (argmax < columns) & (statistic(stats, row, RESIDUAL) >= 0)
+    usable = (argmax >= 0) & (argmax < columns) & (statistic(stats, row, RESIDUAL, PATH) >= 0)
     if counts & inside & usable:
         grads = incoming(grad_terms, row, grad_row, grad_term, PATH)
         slopes = row_slopes(stats, grads, row, vocab_size.to(tl.float64), PATH)
         special = (argmax.to(tl.int32), label)
-        write_gradient(base, written, (columns, first, last), slopes, special, PATH, TILE, dtype)
+        mask = (argmax, argmax)
+        if PATH.masked:
+            mask = (
+                statistic(stats, row, THRESHOLD, PATH).to(dtype),
+                statistic(stats, row, TIE_WEIGHT, PATH).to(dtype),
+            )
+        write_gradient(base, written, (columns, first, last), slopes, special, mask, PATH, TILE, dtype)
     else:
         # A row that does not count, or whose label is no column, has no gradient.
         value = tl.where(counts & inside, float("nan"), 0.0)

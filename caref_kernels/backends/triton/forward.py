@@ -20,7 +20,6 @@ ELEMENT = {torch.float32: tl.float32, torch.float64: tl.float64}
 # A partial result: maximum, arg-max column, and the sums.
 PARTIAL_HEAD = tl.constexpr(2)
 NUM_TERMS = tl.constexpr(3)
-NUM_STATISTICS = tl.constexpr(5)
 
 
 @triton.jit
@@ -132,18 +131,19 @@ def row_constants(residual, vocab_size, dtype: tl.constexpr):
 
 
 @triton.jit
-def write_row(terms, stats, row, term_values, stat_values):
+def write_row(terms, stats, row, term_values, stat_values, PATH: tl.constexpr):
+    """A mask's statistics come from select.py."""
     for index in tl.static_range(NUM_TERMS):
         tl.store(terms + row * NUM_TERMS + index, term_values[index].to(terms.dtype.element_ty))
-    for index in tl.static_range(NUM_STATISTICS):
-        tl.store(stats + row * NUM_STATISTICS + index, stat_values[index].to(stats.dtype.element_ty))
+    for index in tl.static_range(len(stat_values)):
+        tl.store(stats + row * PATH.statistics + index, stat_values[index].to(stats.dtype.element_ty))
 
 
 @triton.jit
-def write_empty(terms, stats, row, counts):
+def write_empty(terms, stats, row, counts, PATH: tl.constexpr):
     """A row that does not count is 0; one whose label is no column is NaN, without a look at its logits."""
     value = tl.where(counts, float("nan"), 0.0)
-    write_row(terms, stats, row, (value, value, value), (value, value, value, value, value))
+    write_row(terms, stats, row, (value, value, value), (value, value, value, value, value), PATH)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def finish_row(terms, stats, row, seen, label_logit, sced_sums, vocab_size, PATH
     residual = tl.where(poisoned, nan, residual)
     mean_shift = tl.where(poisoned, nan, mean_shift)
     slope_sum = tl.where(poisoned, nan, slope_sum)
-    write_row(terms, stats, row, (ce, sced, kl), (highest, column, residual, mean_shift, slope_sum))
+    write_row(terms, stats, row, (ce, sced, kl), (highest, column, residual, mean_shift, slope_sum), PATH)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -216,7 +216,7 @@ def row_kernel(
             label_logit = tl.load(base + label).to(dtype)
         finish_row(terms, stats, row, (maximum, argmax, totals), label_logit, sced_sums, vocabulary, PATH)
     else:
-        write_empty(terms, stats, row, counts)
+        write_empty(terms, stats, row, counts, PATH)
 
 
 @triton.jit
@@ -314,4 +314,4 @@ def finish_kernel(
         vocabulary = vocab_size.to(tl.float64)
         finish_row(terms, stats, row, (maximum, argmax, sums), label_logit, sced_sums, vocabulary, PATH)
     else:
-        write_empty(terms, stats, row, counts)
+        write_empty(terms, stats, row, counts, PATH)

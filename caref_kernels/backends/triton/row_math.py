@@ -125,6 +125,20 @@ def even_slope(p, log_ratio, scale, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def mask_weight(z, threshold, tie_weight):
+    """w of a column: 1 above the threshold, ``tie_weight`` at it, 0 below."""
+    return tl.where(z > threshold, 1.0, tl.where(z == threshold, tie_weight, 0.0)).to(z.dtype)
+
+
+@triton.jit
+def row_support(entropy, k_scale, k_min, k_max):
+    """k of a row, int32: its budget from its entropy in float64; twin of sparsity.row_support.  NaN gives k_min."""
+    wanted = tl.ceil(k_scale * tl.exp(entropy))
+    wanted = tl.where(wanted >= k_min, tl.where(wanted <= k_max, wanted, k_max.to(tl.float64)), k_min.to(tl.float64))
+    return wanted.to(tl.int32)
+
+
+@triton.jit
 def monomial(e, u, D: tl.constexpr, J: tl.constexpr):
     """e^(D-J) u^J as a product of two halves, which monomials of other D and J share."""
     if D == 1:

@@ -36,6 +36,19 @@ BACKWARD_WARPS = 4
 LEAST_TILES = 4
 # Partial results of one row that the finishing kernel merges.
 MOST_SPLITS = 64
+# The selection of a mask: its searches end in a sum over all threads at every step, which few warps do quickly.
+SELECTION_WARPS = 4
+SELECTION_LOADS = 2
+# Programs per multiprocessor: 16 warps, of 128 registers a thread.
+SELECTION_PROGRAMS = 4
+# A row's sample: 32-byte sectors of bfloat16, 2,048 columns in all.
+SAMPLE_CHUNKS, SAMPLE_CHUNK = 128, 16
+# Every thread lists the columns that it finds, up to 64: of 4,096 expected columns each of 128 threads has 32 on
+# average, and more than 64 in one row of ten thousand.
+LIST_DEPTH = 64
+MOST_LISTED = 4096
+# Places of each list that are summed at a time: two chains, as LANES.
+SUMMED_PLACES = 2
 
 
 class Tile(NamedTuple):
@@ -65,6 +78,11 @@ class Storage(NamedTuple):
     itemsize: int
     wide: bool  # as in Tile
     bfloat16: bool
+
+    @property
+    def words(self) -> int:
+        """Registers of a number in the arithmetic."""
+        return max(self.itemsize // 4, 1)
 
 
 class Device(NamedTuple):
@@ -111,6 +129,43 @@ def backward_plan(rows: int, columns: int, storage: Storage, device: Device) -> 
     return Plan(tile, max(splits, 1))
 
 
+class Selection(NamedTuple):
+    """Sizes of the search for a row's k-th largest logit; a compile-time constant of its kernel."""
+
+    slots: int  # lists of columns: one for each thread and lane
+    depth: int  # columns that a list holds
+    room: int  # places of a list: one more column for each that a thread takes at a time
+    width: int  # places of every list that are summed at a time
+    listed: int  # columns that are expected in all lists at most
+    chunks: int  # groups of neighbouring columns in the sample
+    chunk: int  # columns in each of them
+    shift: int  # low bits of the key that are 0 in every value of the logits' dtype
+    infinity: int  # the key of infinity
+
+
+class SelectionPlan(NamedTuple):
+    """A tile, the sizes of the search, and the number of programs, which take rows in turn."""
+
+    tile: Tile
+    selection: Selection
+    programs: int
+
+
+def selection_plan(rows: int, storage: Storage, device: Device) -> SelectionPlan:
+    """A program for each row, up to as many as run at a time: each has lists of its own in memory."""
+    tile = _tile(SELECTION_WARPS, SELECTION_LOADS, storage, device)
+    tile = tile._replace(lanes=tile.width if device.interpreted else 1)
+    shift = 0 if storage.itemsize > 2 else 16 if storage.bfloat16 else 13
+    infinity = 0x7FF << 52 if storage.itemsize == 8 else (0xFF << 23) >> shift
+    # Lists are searched in registers, of which a float64 takes two.
+    depth, listed = LIST_DEPTH // storage.words, MOST_LISTED // storage.words
+    room = depth + tile.vector * tile.loads // tile.lanes
+    sizes = Selection(
+        tile.threads * tile.lanes, depth, room, SUMMED_PLACES, listed, SAMPLE_CHUNKS, SAMPLE_CHUNK, shift, infinity
+    )
+    return SelectionPlan(tile, sizes, min(rows, SELECTION_PROGRAMS * device.multiprocessors))
+
+
 def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
     threads, vector = warps * device.warp_size, VECTOR_BYTES // storage.itemsize
     lanes = LANES
@@ -135,14 +190,23 @@ class Path(NamedTuple):
     moments: int  # those sums, besides the two that every path has
     second_pass: bool  # SCED needs c before it can be summed
     targets: str  # "labels", "mask" or "none"
+    masked: bool = False  # SCED is over the top k alone: the forward leaves it to the selection
+    statistics: int = 5  # columns of the row statistics
+
+    @property
+    def before_selection(self) -> Path:
+        """What the forward computes of a row with a mask: everything but SCED."""
+        return path(1, 0, False, self.targets)._replace(statistics=self.statistics)
 
 
 # As in csrc/cpu/rows.h: elsewhere the expansion of (1-p)^B and (y-c)^A cancels more digits than float32 carries.
 EVEN_EXPONENTS = ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))
 
 
-def path(alpha: float, beta: float, with_sced: bool, targets: str) -> Path:
+def path(alpha: float, beta: float, with_sced: bool, targets: str, masked: bool = False) -> Path:
     """The path of these exponents."""
+    if masked:
+        return path(alpha, beta, with_sced, targets)._replace(masked=True, statistics=8)
     if not with_sced:
         return Path(1, 0, False, False, 0, False, targets)
     if (alpha, beta) in EVEN_EXPONENTS:

@@ -1,0 +1,175 @@
+"""`python -m benchmarks.measure_sparse`: the masked loss against the dense one and against torch.topk, on the CPU.
+
+One process, one run, repetitions interleaved; memory is reused by every contestant alike (the "raised" regime of
+measure.py).  Every contestant is compared with float64 on the same inputs before it is timed.  Writes a JSON file, and
+a table beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from caref_kernels import CarefConfig, EntropyTopK, TopK, caref_loss
+from caref_kernels.testing import check_identity
+
+from . import sampling
+from .cases import Case
+from .measure import worker_environment
+from .provenance import ROOT, provenance
+from .providers import Loss, Provider
+
+SCHEMA = 1
+RESULTS = ROOT / "benchmarks" / "results" / "sparse_cpu.json"
+CASES = tuple(
+    Case(f"{name}{suffix}", rows, vocab, dtype)
+    for name, rows, vocab in (("flan-t5", 256, 32_128), ("llama-3", 64, 128_256), ("widest", 32, 262_144))
+    for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16))
+)
+POLICIES = {"8": TopK(8), "64": TopK(64), "1024": TopK(1024), "exp(H)": EntropyTopK()}
+DENSE = "dense"
+# Set before anything was measured; of forward and backward together, for exp(H).
+MOST_DENSE, LEAST_EAGER = 2.0, 10.0
+
+
+def eager_masked_loss(logits: Tensor, labels: Tensor, policy: TopK | EntropyTopK) -> Tensor:
+    """The masked loss as a careful user composes it: torch.topk once, and sums over its columns alone."""
+    log_p = functional.log_softmax(logits, -1, dtype=torch.float32 if logits.dtype.itemsize < 8 else torch.float64)
+    p = log_p.exp()
+    columns = logits.size(-1)
+    log_ratio = log_p + math.log(columns)
+    budget = policy.budget()
+    with torch.no_grad():
+        wanted = (budget.scale * (-(p * log_p).sum(-1)).exp()).ceil()
+        k = wanted.clamp(budget.k_min, min(budget.k_max or columns, columns)).long()
+        most = int(k.max())
+        indices = logits.topk(most, -1).indices
+        kept = torch.arange(most) < k[:, None]
+    top, top_ratio = p.gather(-1, indices), log_ratio.gather(-1, indices)
+    sced = torch.where(kept, (top * top_ratio).square() * (1 - top), 0.0).sum(-1).mean()
+    kl = (p * log_ratio).sum(-1).mean()
+    ce = functional.nll_loss(log_p, labels)
+    return ce + CarefConfig.lambda_sced * sced + CarefConfig.lambda_kl * kl
+
+
+def contestants() -> tuple[Provider, ...]:
+    """The dense loss, and for every policy the fused and the eager masked one."""
+    fused = [Provider(DENSE, "no mask", lambda logits, labels: caref_loss(logits, labels, backend="cpu"))]
+    for name, policy in POLICIES.items():
+        fused.append(Provider(f"fused {name}", "masked", _fused(policy)))
+        fused.append(Provider(f"eager {name}", "torch.topk", _eager(policy)))
+    return tuple(fused)
+
+
+def _fused(policy: TopK | EntropyTopK) -> Loss:
+    return lambda logits, labels: caref_loss(logits, labels, sparsity=policy, backend="cpu")
+
+
+def _eager(policy: TopK | EntropyTopK) -> Loss:
+    return lambda logits, labels: eager_masked_loss(logits, labels, policy)
+
+
+def verify(logits: Tensor, labels: Tensor) -> None:
+    """Hold both forms of every policy to the composition in float64.
+
+    Raises:
+        AssertionError: a loss or a gradient is off by more than the identities of caref_kernels.testing.
+    """
+    for name, policy in POLICIES.items():
+        leaf = logits.double().requires_grad_()
+        exact = eager_masked_loss(leaf, labels, policy)
+        (gradient,) = torch.autograd.grad(exact, leaf)
+        for kind, loss in (("fused", _fused(policy)), ("eager", _eager(policy))):
+            own = logits.clone().requires_grad_()
+            value = loss(own, labels)
+            check_identity(value.detach(), exact.detach(), "float32_terms", f"{kind} {name}")
+            # Ties that torch.topk breaks and the mask shares: in 16 bits the gradients of SCED differ there.
+            dtype = "float32" if logits.dtype == torch.float32 else "bfloat16"
+            check_identity(torch.autograd.grad(value, own)[0], gradient, f"{dtype}_gradient", f"{kind} {name}")
+
+
+def measure(seconds: float) -> list[dict]:
+    """A row for every case and contestant: percentiles of forward, backward and both, in milliseconds."""
+    rows = []
+    for case in CASES:
+        workspace = sampling.Workspace(case)
+        verify(*case.tensors())
+        samples = sampling.interleave(workspace, contestants(), seconds)
+        dense = sampling.percentiles([sample.both for sample in samples[DENSE]])[1]
+        support = caref_loss(*case.tensors(), sparsity=EntropyTopK(), return_terms=True, backend="cpu").support
+        for name, measured in samples.items():
+            row = {"case": case.name, "contestant": name, "samples": len(measured), "mean_support": float(support)}
+            for phase in sampling.PHASES:
+                times = sampling.percentiles([getattr(sample, phase) for sample in measured])
+                row[f"{phase}_ms"] = [float(f"{1e3 * value:.4g}") for value in times]
+            row["dense"] = float(f"{row['both_ms'][1] / (1e3 * dense):.3g}")
+            rows.append(row)
+        sys.stderr.write(f"measured: {case.title}\n")
+    return rows
+
+
+def table(results: dict) -> str:
+    """The Markdown file beside the results."""
+    made = results["provenance"]
+    lines = [
+        "# The masked loss on a CPU",
+        "",
+        f"Measured on {results['date']}: {made['machine']}, {made['cores']} cores, {made['threads']} threads; "
+        f"{made['cpu_backend']}; torch {made['torch']}; commit {made['commit'][:12]}"
+        f"{', with uncommitted changes' if made['dirty'] else ''}. One run, interleaved; median milliseconds of "
+        f"forward + backward, logits of normal_3.  *eager*: plain PyTorch with torch.topk.",
+        "",
+        "| case | mean exp(H) | k | masked | eager | masked / dense | eager / masked |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    by_name = {(row["case"], row["contestant"]): row for row in results["rows"]}
+    for case, title in results["cases"].items():
+        for name in POLICIES:
+            fused, eager = by_name[case, f"fused {name}"], by_name[case, f"eager {name}"]
+            times = [f"{row['forward_ms'][1]:.3g} + {row['backward_ms'][1]:.3g}" for row in (fused, eager)]
+            ratio = eager["both_ms"][1] / fused["both_ms"][1]
+            cells = [title, f"{fused['mean_support']:.0f}", name, *times, f"{fused['dense']:.2f}", f"{ratio:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Set beforehand, for exp(H): masked / dense at most {MOST_DENSE:g}, eager / masked at least "]
+    lines[-1] += f"{LEAST_EAGER:g}."
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure in a process whose allocator reuses memory, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure_sparse")
+    parser.add_argument("--seconds", type=float, default=8.0, help="measured time per case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and the kernels")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the results file; the table goes beside it")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not options.worker:
+        command = [sys.executable, "-m", "benchmarks.measure_sparse", "--worker", "--seconds", str(options.seconds)]
+        command += ["--threads", str(options.threads), "--output", str(options.output.resolve())]
+        environment = worker_environment("raised", dict(os.environ))
+        subprocess.run(command, check=True, cwd=ROOT, env=environment)
+        return
+    torch.set_num_threads(options.threads)
+    results = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "provenance": provenance(),
+        "cases": {case.name: case.title for case in CASES},
+        "rows": measure(options.seconds),
+    }
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

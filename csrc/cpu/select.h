@@ -1,0 +1,82 @@
+// The k largest logits of a row: their threshold and the counts above and at it, exactly, without a
+// sort.  Comparisons are of integer keys, in the order of the values, so they see subnormals, which
+// the arithmetic of the kernels flushes, and take at most as many steps as a key has bits.
+#pragma once
+
+#include "lanes.h"
+
+namespace caref::cpu::CAREF_ISA {
+
+template <typename T>
+using Keys = typename Lanes<T>::Mask;
+template <typename T>
+struct KeyType {
+  using Type = int32_t;
+};
+template <>
+struct KeyType<double> {
+  using Type = int64_t;
+};
+template <typename T>
+using Key = typename KeyType<T>::Type;
+
+template <typename T>
+constexpr Key<T> kSignBit = static_cast<Key<T>>(uint64_t{1} << (8 * sizeof(T) - 1));
+// Below the key of every value.
+template <typename T>
+constexpr Key<T> kNoKey = kSignBit<T>;
+template <typename T>
+constexpr Key<T> kInfinityKey =
+    static_cast<Key<T>>(sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000);
+
+// The magnitude's bits with the value's sign: -0.0 and 0.0 have the same key.  Undone by values_of.
+template <typename T>
+CAREF_HD Keys<T> keys_of(Vec<T> values) {
+  const Keys<T> bits = bit_cast<Keys<T>>(values), sign = bits >> (8 * sizeof(T) - 1);
+  return ((bits & ~kSignBit<T>)^sign) - sign;
+}
+
+template <typename T>
+CAREF_HD Vec<T> values_of(Keys<T> keys) {
+  const Keys<T> sign = keys >> (8 * sizeof(T) - 1);
+  return bit_cast<Vec<T>>(((keys ^ sign) - sign) | (sign & kSignBit<T>));
+}
+
+template <typename S>
+CAREF_HD Key<typename Storage<S>::Arithmetic> key_at(const S* place) {
+  using T = typename Storage<S>::Arithmetic;
+  S lanes[Lanes<T>::kCount] = {};
+  lanes[0] = *place;
+  return keys_of<T>(load(lanes))[0];
+}
+
+template <typename T>
+CAREF_HD T value_of(Key<T> key) {
+  return values_of<T>(Keys<T>{} + key)[0];
+}
+
+template <typename T>
+CAREF_HD Keys<T> load_keys(const Key<T>* from) {
+  Keys<T> keys;
+  memcpy(&keys, from, sizeof(keys));
+  return keys;
+}
+
+// What select_top finds.
+template <typename T>
+struct Selection {
+  Key<T> threshold;  // of the k-th largest
+  int64_t above;     // columns with a larger key
+  int64_t equal;     // columns with this key
+  // Keys of some columns, among them all those above the threshold, and kNoKey up to a whole
+  // register; null if the row is to be read again instead.
+  Key<T>* listed;
+  int64_t size;
+};
+
+// The k-th largest of the columns, 1 <= k <= columns; no column is NaN.  The workspace holds
+// the row's keys and a few registers more (launch.cpp).
+template <typename S, typename T = typename Storage<S>::Arithmetic>
+Selection<T> select_top(const S* row, int64_t columns, int64_t k, Key<T>* workspace);
+
+}  // namespace caref::cpu::CAREF_ISA
