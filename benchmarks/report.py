@@ -77,14 +77,12 @@ def readme(text: str) -> str:
 
 def blocks() -> dict[str, str]:
     """The other blocks by the name of their markers."""
-    gpu, cpu = source_hash(kind="gpu"), source_hash()
-    heads, rows = (load_json(MEASURED_ON_GPU[name]) for name in ("heads", "loss"))
+    gpu = source_hash(kind="gpu")
+    measured = [load_json(path) for path in (*MEASURED_ON_GPU.values(), STEPS["gpu"])]
     return {
-        "benchmark-gpu": report_gpu.loss_block(rows, gpu),
-        "benchmark-heads-gpu": report_gpu.heads_block(heads, gpu),
+        "benchmark-gpu": report_gpu.gpu_block(*measured, gpu),
+        "benchmark-step": report_gpu.step_block(load_json(STEPS["cpu"]), source_hash(), "make bench"),
         "gpucheck": report_gpu.gpucheck_block(load_json(report_gpu.GPUCHECK), gpu),
-        "benchmark-step": report_gpu.step_block(load_json(STEPS["cpu"]), cpu, "make bench"),
-        "benchmark-step-gpu": report_gpu.step_block(load_json(STEPS["gpu"]), gpu, "make bench-gpu"),
     }
 
 

@@ -11,10 +11,22 @@ STALE = "**Stale:** the kernel sources have changed since this was measured; `{c
 MEGA = 2**20
 
 
-def loss_block(results: dict | None, current_hash: str) -> str:
-    """The loss on a GPU: every provider on every case, the whole loss and cross-entropy alone apart."""
-    if results is None:
+def gpu_block(loss: dict | None, heads: dict | None, steps: dict | None, current_hash: str) -> str:
+    """Everything measured on a GPU: the loss, heads with their loss, training steps."""
+    if loss is None and heads is None and steps is None:
         return "Not yet measured: `make bench-gpu` on a machine with a GPU fills this in."
+    parts = []
+    if loss is not None:
+        parts += ["### The loss", loss_block(loss, current_hash)]
+    if heads is not None:
+        parts += ["### A head with its loss", heads_block(heads, current_hash)]
+    if steps is not None:
+        parts += ["### A training step", step_block(steps, current_hash, "make bench-gpu")]
+    return "\n\n".join(parts)
+
+
+def loss_block(results: dict, current_hash: str) -> str:
+    """The loss on a GPU: every provider on every case."""
     parts = [*_head(results, current_hash, "make bench-gpu")]
     for case, title in results["cases"].items():
         rows = {(row["provider"], row["phase"]): row for row in results["rows"] if row["case"] == case}
@@ -34,10 +46,8 @@ def loss_block(results: dict | None, current_hash: str) -> str:
 PHASES = ("forward", "backward", "call")
 
 
-def heads_block(results: dict | None, current_hash: str) -> str:
+def heads_block(results: dict, current_hash: str) -> str:
     """Heads with their loss on a GPU."""
-    if results is None:
-        return "Not yet measured: `make bench-gpu` on a machine with a GPU fills this in."
     parts = [*_head(results, current_hash, "make bench-gpu")]
     for case, title in results["cases"].items():
         rows = [row for row in results["rows"] if row["case"] == case and row["phase"] == "both"]
