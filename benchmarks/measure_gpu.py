@@ -125,7 +125,12 @@ def new_results(device: str) -> dict:
     if device == "cuda" and not _has_gpu():
         raise SystemExit("no CUDA device; nothing was measured")
     empty: dict = {name: {} for name in ("provenance", "cases", "left_out", "absent", "errors", "extra_bytes")}
-    return {"schema": SCHEMA, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **empty, "rows": []}
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **empty,
+        "rows": [],
+    }
 
 
 def finish(

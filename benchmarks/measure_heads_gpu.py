@@ -188,7 +188,7 @@ def measure_case(case: HeadCase, device: torch.device, seconds: float) -> dict:
         return None
 
     running, absent = contestants(CONTESTANTS, prepare)
-    del expected, few
+    expected.clear()  # gigabytes of float64
     samples = interleaved(running, lambda one: bench.clock.repeat(*bench.parts(one)), seconds)
     measured = {"title": case.title, "rows": rows_of(case, samples), "errors": errors, "absent": absent}
     return measured | {"extra_bytes": extra, "provenance": gpu_provenance(device)}

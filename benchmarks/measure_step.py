@@ -1,4 +1,4 @@
-"""`python -m benchmarks.measure_step`: one optimiser step of T5 and SmolLM2 with each loss: time, memory, largest batch.
+"""`python -m benchmarks.measure_step`: a training step of T5 and SmolLM2 with each loss: time, memory, largest batch.
 
 The losses take turns on one model.  On the CPU time is measured with the allocator's threshold raised and memory in a
 process of its own (see benchmarks/measure.py); on a GPU both come from the device.
@@ -82,7 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _measure(cases: list[StepCase], options: argparse.Namespace, kind: str) -> None:
     output = options.output or RESULTS[kind]
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    results: dict = {"schema": SCHEMA, "date": today, "provenance": {}, "cases": {}, "losses": {}, "left_out": {}, "rows": []}
+    results: dict = {
+        "schema": SCHEMA,
+        "date": today,
+        "provenance": {},
+        "cases": {},
+        "losses": {},
+        "left_out": {},
+        "rows": [],
+    }
     extra = ["--device", options.device, "--seconds", str(options.seconds), "--threads", str(options.threads)]
     end = time.monotonic() + options.budget
     for case in cases:

@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-# -------------------------------------------------------------------------------------------- losses of (logits, labels)
+# ------------------------------------------------------------------------------------------- losses of (logits, labels)
 
 
 def liger_rows(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def quack_rows_inplace(logits: Tensor, labels: Tensor) -> Tensor:
     return importlib.import_module("quack.cross_entropy").cross_entropy(logits, labels, inplace_backward=True)
 
 
-# ------------------------------------------------------------------------------------ losses of (hidden, weight, labels)
+# ----------------------------------------------------------------------------------- losses of (hidden, weight, labels)
 
 
 def liger_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -60,7 +60,13 @@ def gpu_provenance(device: torch.device) -> dict:
         }
     installed = importlib.util.find_spec("triton") is not None
     triton = importlib.metadata.version("triton") if installed else "not installed"
-    return {**made, "triton": triton, "peers": peers.versions(), **_versions(), "source_sha256": source_hash(kind="gpu")}
+    return {
+        **made,
+        "triton": triton,
+        "peers": peers.versions(),
+        **_versions(),
+        "source_sha256": source_hash(kind="gpu"),
+    }
 
 
 def _versions() -> dict[str, str | bool]:

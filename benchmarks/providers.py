@@ -105,7 +105,7 @@ PROVIDERS = (
 
 
 def _of_backend(name: str) -> tuple[Provider, ...]:
-    """The whole loss and, to compare with other libraries, cross-entropy alone; with and without a gradient's memory."""
+    """The whole loss and, to compare with other libraries, cross-entropy alone; each in place as well."""
     no_weights = {"lambda_sced": 0.0, "lambda_kl": 0.0}
     text = f'backend="{name}"'
     return (
@@ -169,9 +169,7 @@ def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluat
     return Errors(float((loss.double() - exact_loss).abs() / exact_loss), float(row_errors.max()))
 
 
-def _verify_own(
-    provider: Provider, loss: Tensor, gradient: Tensor, exact_loss: Tensor, exact_gradient: Tensor
-) -> None:
+def _verify_own(provider: Provider, loss: Tensor, gradient: Tensor, exact_loss: Tensor, exact_gradient: Tensor) -> None:
     check_term(provider.part, loss.view(1), exact_loss.view(1), label=provider.name)
     if provider.backend is None:
         dtype = str(gradient.dtype).removeprefix("torch.")

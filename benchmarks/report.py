@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: tables and plots from the committed results, never by hand; nothing is measured here.
 
-Writes the blocks between the markers of README.md, the full table beside the results, and the plots.  Run it again after
-a change of the kernels: it then marks the figures as stale.  This module holds the block of the loss on a CPU.
+Writes the blocks between the markers of README.md, the full table beside the results, and the plots.  Run it again
+after a change of the kernels: it then marks the figures as stale.  This module holds the block of the loss on a CPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``python -m caref_kernels.gpucheck``: what only a GPU, or only its compiler, can show, in one report.
 
-Every stage runs in a process of its own.  Without a GPU its stages are unsupported, with the reason, and the others run.
-``--aot`` alone compiles every Triton kernel without a GPU and prints what the machine code costs.
+Every stage runs in a process of its own.  Without a GPU its stages are unsupported, with the reason, and the others
+run.  ``--aot`` alone compiles every Triton kernel without a GPU and prints what the machine code costs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,11 @@ from . import aot, conduct, environment, report, sanitizer, stages
 from .subject import Subject, Unsupported
 
 _HEADER = f"{'kernel':<56} {'per column':>10} {'budget':>7} {'registers':>9} {'stack':>6} {'spills':>6}"
-_say = partial(print, file=sys.stdout, flush=True)  # noqa: T201
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=3, help="stages, or with --aot kernels, at the same time (3)")
     parser.add_argument("--commit", default="", help="the commit of a tree without its git folder")
     parser.add_argument("--list", action="store_true", help="show the stages and stop")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the stages out on the host")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the stages out on the host"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: small shapes, to try the stages out")
     parser.add_argument("--aot", action="store_true", help="compile the Triton kernels ahead of time, and nothing else")
     parser.add_argument("--arch", type=int, nargs="+", default=list(aot.ARCHITECTURES), help="with --aot: 80 90 100")

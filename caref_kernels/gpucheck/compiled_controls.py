@@ -27,19 +27,14 @@ class Patch(NamedTuple):
     stage: str
 
 
+_ROWS = "backends/triton/rows.py"
+_MASK, _LABEL = 'mask=column < columns, other=float("-inf")', "inside = (label >= 0) & (label < columns)"
+_OFFSET = "outer * outer_stride.to(tl.int64) + (narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)"
 PATCHES = {
-    "unmasked tail": Patch(
-        "backends/triton/rows.py", 'mask=column < columns, other=float("-inf")', 'mask=column < columns + 8, other=float("-inf")',
-        "smoke",
-    ),
-    "32-bit row offset": Patch(
-        "backends/triton/rows.py", "(row % inner_rows) * inner_stride.to(tl.int64)\n",
-        "((row % inner_rows) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n", "large",
-    ),
-    "label not checked": Patch(
-        "backends/triton/rows.py", "inside = (label >= 0) & (label < columns)", "inside = label == label", "labels",
-    ),
-}  # fmt: skip
+    "unmasked tail": Patch(_ROWS, _MASK, _MASK.replace("< columns,", "< columns + 8,"), "smoke"),
+    "32-bit row offset": Patch(_ROWS, _OFFSET, f"({_OFFSET}).to(tl.int32).to(tl.int64)", "large"),
+    "label not checked": Patch(_ROWS, _LABEL, "inside = label == label", "labels"),
+}
 
 
 def plant(patch: Patch, folder: Path) -> Path:
@@ -85,4 +80,3 @@ def _verdict(done: subprocess.CompletedProcess, result: Path) -> str:
     if done.returncode < 0 or "illegal memory access" in done.stderr:
         return "caught"
     return f"ended with {done.returncode}: {done.stderr[-300:]}"
-

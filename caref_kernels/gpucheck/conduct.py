@@ -105,7 +105,9 @@ class Conductor:
     def _run(self, job: Job) -> None:
         left = self._end - time.monotonic()
         if left < job.stage.least:
-            self._enter(job, "skipped", f"{max(left, 0):.0f} s are left of the budget, it needs {job.stage.least:g}", 0.0)
+            self._enter(
+                job, "skipped", f"{max(left, 0):.0f} s are left of the budget, it needs {job.stage.least:g}", 0.0
+            )
             return
         limit = min(job.stage.seconds, left)
         start = time.monotonic()

@@ -133,7 +133,15 @@ def suite(backend: str, seconds: float) -> dict:
     processes = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
     ignored = [f"--ignore-glob=*/test_{name}*" for name in _NOT_ABOUT_KERNELS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", str(processes)]
-    command += ["--require", backend, "-k", f"({backend} or test_on_cuda) and not emulated", "-rfE", *ignored, str(tests)]
+    command += [
+        "--require",
+        backend,
+        "-k",
+        f"({backend} or test_on_cuda) and not emulated",
+        "-rfE",
+        *ignored,
+        str(tests),
+    ]
     done = subprocess.run(command, cwd=sources.ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     return read_pytest(done.returncode, done.stdout)
 
@@ -146,7 +154,7 @@ _NOT_ABOUT_KERNELS = (
 
 
 def read_pytest(code: int, output: str) -> dict:
-    """What pytest -q -rfE said: passed tests are cases, failed ones and errors are failures, anything odd is one too."""
+    """What pytest -q -rfE said: passed tests are cases; failed ones, errors and anything odd are failures."""
     lines = output.strip().splitlines()
     words = lines[-1].replace(",", "").replace("=", " ").split() if lines else []
     counts = {word: int(number) for number, word in zip(words, words[1:], strict=False) if number.isdigit()}

@@ -19,9 +19,9 @@ MOST_FAILURES = 20
 def judge(found: dict) -> tuple[str, str]:
     """(status, detail) of a stage whose process ended well and left ``found``.
 
-    ``found`` holds ``unsupported`` (a reason), or ``cases``, ``failed`` [(case, message)], ``could_not`` [(case, reason)]
-    and ``controls`` {bug: caught or what happened instead}.  Nothing checked, or a planted bug that passed, is invalid,
-    and a case that could not run makes the stage unsupported: neither is ever a pass.
+    ``found`` holds ``unsupported`` (a reason), or ``cases``, ``failed`` [(case, message)], ``could_not`` [(case,
+    reason)] and ``controls`` {bug: caught or what happened instead}.  Nothing checked, or a planted bug that passed, is
+    invalid, and a case that could not run makes the stage unsupported: neither is ever a pass.
     """
     if found.get("unsupported"):
         return "unsupported", found["unsupported"]

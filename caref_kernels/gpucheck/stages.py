@@ -20,8 +20,8 @@ MOST_WARMERS = 14
 class Stage(NamedTuple):
     """One stage.
 
-    ``checks`` gives the checks of a subject; ``function`` is a stage that is no list of checks.  ``seconds`` is the limit
-    of its process, ``least`` the time below which it is not worth starting.
+    ``checks`` gives the checks of a subject; ``function`` is a stage that is no list of checks.  ``seconds`` is the
+    limit of its process, ``least`` the time below which it is not worth starting.
     """
 
     name: str

@@ -38,7 +38,9 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.regime} {self.rows} x {self.columns} {dtype} alpha={self.exponents[0]:g} beta={self.exponents[1]:g}"
+        return (
+            f"{self.regime} {self.rows} x {self.columns} {dtype} alpha={self.exponents[0]:g} beta={self.exponents[1]:g}"
+        )
 
     def tensors(self, subject: Subject) -> tuple[Tensor, Tensor]:
         """Logits and labels on the device; beyond 64 the drawn rows are repeated."""
