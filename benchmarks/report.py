@@ -139,6 +139,7 @@ def readme_block(results: dict | None, current_hash: str) -> str:
         "\n".join(case_table(results, case.name)) for case in CASES if case.must_hold and case.name in results["cases"]
     ]
     parts += ["\n".join(target_table(results)), _legend(), f"![Time in copies of the logits]({_relative(PLOT)})"]
+    parts += [f"![Speed and memory against V and N]({_relative(PLOT.with_name('loss_cpu_scaling.svg'))})"]
     return "\n\n".join(parts)
 
 

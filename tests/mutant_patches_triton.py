@@ -42,8 +42,8 @@ TRITON = [
         "triton and G01",
         (
             "t-offset-32-bits",
-            "(row % inner_rows) * inner_stride.to(tl.int64)\n",
-            "((row % inner_rows) * inner_stride).to(tl.int32).to(tl.int64)\n",
+            "(narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)\n",
+            "((narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n",
         ),
     ),
     *mutants(
