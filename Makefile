@@ -14,7 +14,7 @@ OLDEST_TRITON := triton==3.6.0
 export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest nvcc-check lint format bench bench-gpu bench-linear sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -43,10 +43,19 @@ lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED) && $(VENV)/bin/typos .
 format: $(READY)  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(FORMATTED)
-bench: $(READY)  ## measure, write benchmarks/results/ and the README's table and plot (under 5 minutes)
-	$(PY) -m benchmarks.measure $(ARGS) && $(PY) -m benchmarks.report
-bench-gpu: $(READY)  ## the same on a CUDA device: time, share of a copy's bandwidth, memory (2 minutes)
-	$(PY) -m benchmarks.measure_gpu $(ARGS)
+gpucheck: $(READY)  ## everything that needs a GPU, into benchmarks/results/gpucheck.json (under 10 minutes)
+	$(PY) -m caref_kernels.gpucheck --out benchmarks/results/gpucheck.json $(ARGS)
+bench: $(READY)  ## measure, write benchmarks/results/ and the README's tables and plots (under 5 minutes)
+	$(PY) -m benchmarks.measure $(ARGS)
+	$(PY) -m benchmarks.measure_step
+	$(PY) -m benchmarks.report
+bench-gpu: $(READY)  ## the same on a CUDA device, against other libraries: loss, heads, steps (under 9 minutes)
+	$(PY) -m benchmarks.measure_gpu --budget 280 $(ARGS)
+	$(PY) -m benchmarks.measure_heads_gpu --budget 140
+	$(PY) -m benchmarks.measure_step --device cuda --budget 90
+	$(PY) -m benchmarks.report
+bench-report: $(READY)  ## tables and plots again from the committed results, without measuring
+	$(PY) -m benchmarks.report && $(PY) -m benchmarks.report_linear
 bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
 	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan

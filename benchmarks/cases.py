@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,10 @@ CASES = (
     Case("smollm2", 256, 49_152),
     Case("flan-t5-bf16", 256, 32_128, torch.bfloat16),
     Case("llama-3-bf16", 64, 128_256, torch.bfloat16),
+    # The same number of logits at the widest vocabulary, and fewer rows of T5's: for the plots against V and N.
+    Case("gemma", 32, 262_144),
+    Case("flan-t5-16-rows", 16, 32_128),
+    Case("flan-t5-64-rows", 64, 32_128),
 )
 
 # On a GPU.  Limits and goals are stated for llama-3; few-rows is the last micro-batch of a long generation.
@@ -65,7 +70,24 @@ GPU_CASES = (
     Case("few-rows", 8, 262_144, torch.bfloat16),
     Case("llama-3-fp32", 4096, 128_256),
     Case("flan-t5-fp32", 1024, 32_128),
+    # For the plot against N.
+    Case("llama-3-8-rows", 8, 128_256, torch.bfloat16),
+    Case("llama-3-64-rows", 64, 128_256, torch.bfloat16),
+    Case("llama-3-512-rows", 512, 128_256, torch.bfloat16),
+    Case("llama-3-16384-rows", 16_384, 128_256, torch.bfloat16),
 )
+
+
+def shape_of(title: str) -> tuple[int, int, str]:
+    """(rows, vocab, dtype) of a case from its title, which results keep.
+
+    Raises:
+        ValueError: not the title of a case.
+    """
+    match = re.match(r"[^:]+: (\d+) x (\d+), (\w+), ", title)
+    if match is None:
+        raise ValueError(f"the title of a case must be like 'name: 8 x 100, float32, 1 MiB'; got {title!r}")
+    return int(match[1]), int(match[2]), match[3]
 
 
 def by_name(names: list[str], cases: tuple[Case, ...] = CASES) -> tuple[Case, ...]:

@@ -148,7 +148,7 @@ def verify(case: HeadCase) -> dict[str, dict[str, float]]:
         AssertionError: an error exceeds its budget; the message names the provider.
     """
     hidden, weight, labels = case.tensors(VERIFIED_ROWS)
-    expected = {part: _exact(hidden, weight, labels, part) for part in ("loss", "ce")}
+    expected = {part: exact_loss_and_gradients(hidden, weight, labels, part) for part in ("loss", "ce")}
     errors = {}
     for provider in PROVIDERS:
         loss = provider.loss(hidden, weight, labels)
@@ -167,11 +167,13 @@ def verify(case: HeadCase) -> dict[str, dict[str, float]]:
     return errors
 
 
-def _exact(hidden: Tensor, weight: Tensor, labels: Tensor, part: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def exact_loss_and_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: str
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Loss and gradients in float64, a few rows of logits at a time."""
     wide = weight.detach().double()
     grad_weight = torch.zeros_like(wide)
-    total, grads_hidden = torch.zeros((), dtype=torch.float64), []
+    total, grads_hidden = wide.new_zeros(()), []
     options = {} if part == "loss" else {"lambda_sced": 0, "lambda_kl": 0}
     for rows in torch.arange(len(hidden)).split(64):
         block = hidden.detach()[rows].double()

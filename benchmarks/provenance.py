@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,28 +13,11 @@ import torch
 
 import caref_kernels
 from caref_kernels import backends
+from caref_kernels.gpucheck.sources import RESULTS, ROOT, git, source_hash
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import peers
 
-# What decides the figures: the kernels with their build flags, and the Python between a caller and them.
-_EVERYWHERE = ("setup.py", "csrc/*", "caref_kernels/*.py", "caref_kernels/backends/*.py")
-KERNEL_SOURCES = {
-    "cpu": (*_EVERYWHERE, "csrc/cpu/**/*"),
-    "gpu": (*_EVERYWHERE, "csrc/cuda/**/*", "caref_kernels/backends/triton/**/*.py"),
-}
-# Files that a benchmark run itself rewrites: they do not make the tree dirty.
-RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
-
-
-def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
-    """sha256 over the names and contents of the sources of one kind of kernels, in hexadecimal."""
-    digest = hashlib.sha256()
-    files = {path for pattern in KERNEL_SOURCES[kind] for path in root.glob(pattern) if path.is_file()}
-    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+__all__ = ["ROOT", "cpu_model", "gpu_provenance", "provenance", "source_hash"]
 
 
 def provenance() -> dict[str, str | int | bool]:
@@ -57,13 +39,13 @@ def provenance() -> dict[str, str | int | bool]:
     }
 
 
-def gpu_provenance(device: torch.device) -> dict[str, str | int | bool]:
+def gpu_provenance(device: torch.device) -> dict:
     """The same for a run on ``device``; ``CAREF_KERNELS_COMMIT`` names the commit of a tree without its git folder.
 
     Raises:
         ValueError: neither a git checkout nor that variable.
     """
-    made: dict[str, str | int | bool] = {"machine": cpu_model(Path("/proc/cpuinfo"))}
+    made: dict = {"machine": cpu_model(Path("/proc/cpuinfo"))}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         made = {
@@ -71,12 +53,20 @@ def gpu_provenance(device: torch.device) -> dict[str, str | int | bool]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
+            # kilohertz, where torch knows it: the ceiling of the roofline
+            "clock": getattr(properties, "clock_rate", None),
             "driver": _driver(),
             "cuda": torch.version.cuda or "none",
         }
     installed = importlib.util.find_spec("triton") is not None
     triton = importlib.metadata.version("triton") if installed else "not installed"
-    return {**made, "triton": triton, **_versions(), "source_sha256": source_hash(kind="gpu")}
+    return {
+        **made,
+        "triton": triton,
+        "peers": peers.versions(),
+        **_versions(),
+        "source_sha256": source_hash(kind="gpu"),
+    }
 
 
 def _versions() -> dict[str, str | bool]:
@@ -121,12 +111,9 @@ def cpu_model(cpuinfo: Path) -> str:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        ).stdout.strip()
+        return git(*arguments)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
-            f"a benchmark needs the git checkout it measures, but {' '.join(command)} failed: {error}"
+            f"a benchmark needs the git checkout it measures, but git {' '.join(arguments)} failed: {error}"
         ) from error

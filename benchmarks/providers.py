@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from caref_kernels import CarefConfig, caref_loss
+from caref_kernels import CarefConfig, backends, caref_loss
 from caref_kernels.testing import Evaluation, check_gradient, check_identity, check_term, oracle
+
+from . import peers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +29,8 @@ class Provider:
     """One contestant.
 
     ``part`` names the part of the oracle that it computes: the whole "loss", or "ce" for a floor of reference.
-    ``loss`` is ``None`` for the copy, which is timed as a whole and computes nothing.  ``backend`` is the one it needs.
+    ``loss`` is ``None`` for the copy, which is timed as a whole and computes nothing.  ``backend`` is the one it needs,
+    ``package`` the other library that it comes from.
     """
 
     name: str
@@ -35,6 +38,13 @@ class Provider:
     loss: Loss | None
     part: str = "loss"
     backend: str | None = None
+    package: str | None = None
+
+    def missing(self, logits: Tensor) -> str | None:
+        """Why it cannot run on ``logits``, or ``None``."""
+        if self.package is not None:
+            return peers.missing(self.package)
+        return None if self.backend is None else backends.get(self.backend).unsupported(logits)
 
 
 class Errors(NamedTuple):
@@ -65,13 +75,22 @@ def _compiled_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return _compiled()(logits, labels)
 
 
+@cache
+def _compiled_cross_entropy() -> Loss:
+    return torch.compile(_cross_entropy, fullgraph=True, dynamic=False)
+
+
+def _compiled_ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return _compiled_cross_entropy()(logits, labels)
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     # In float32, as Hugging Face computes it: on bfloat16 logits the loss itself would be rounded to 8 bits.
     return functional.cross_entropy(logits.float(), labels)
 
 
-def _caref(backend: str, *, inplace: bool = False) -> Loss:
-    return lambda logits, labels: caref_loss(logits, labels, backend=backend, inplace_backward=inplace)
+def _caref(backend: str, *, inplace: bool = False, **options: float) -> Loss:
+    return lambda logits, labels: caref_loss(logits, labels, backend=backend, inplace_backward=inplace, **options)
 
 
 PROVIDERS = (
@@ -83,12 +102,34 @@ PROVIDERS = (
     Provider("cpu", 'backend="cpu"', _caref("cpu"), backend="cpu"),
     Provider("cpu-inplace", 'backend="cpu", inplace_backward=True', _caref("cpu", inplace=True), backend="cpu"),
 )
+
+
+def _of_backend(name: str) -> tuple[Provider, ...]:
+    """The whole loss and, to compare with other libraries, cross-entropy alone; each in place as well."""
+    no_weights = {"lambda_sced": 0.0, "lambda_kl": 0.0}
+    text = f'backend="{name}"'
+    return (
+        Provider(name, text, _caref(name), backend=name),
+        Provider(f"{name}-inplace", f"{text}, inplace_backward=True", _caref(name, inplace=True), backend=name),
+        Provider(f"{name}-ce", f"{text}, both weights 0", _caref(name, **no_weights), "ce", name),
+        Provider(
+            f"{name}-ce-inplace", f"{text}, both weights 0, inplace_backward=True",
+            _caref(name, inplace=True, **no_weights), "ce", name,
+        ),
+    )  # fmt: skip
+
+
+PEERS = (
+    Provider("liger", "Liger-Kernel's cross-entropy", peers.liger_rows, "ce", package="liger_kernel"),
+    Provider("quack", "quack's cross-entropy", peers.quack_rows, "ce", package="quack"),
+    Provider("quack-inplace", "quack's, inplace_backward=True", peers.quack_rows_inplace, "ce", package="quack"),
+)
+# Every backend that is not for the CPU, by its name; the reference for GPUs is the eager composition.
 GPU_PROVIDERS = (
     *(provider for provider in PROVIDERS if provider.backend is None),
-    Provider("triton", 'backend="triton"', _caref("triton"), backend="triton"),
-    Provider(
-        "triton-inplace", 'backend="triton", inplace_backward=True', _caref("triton", inplace=True), backend="triton"
-    ),
+    Provider("compiled-ce", "torch.compile of F.cross_entropy", _compiled_ce_loss, "ce"),
+    *(one for name in backends.ORDER if name not in ("cpu", "reference") for one in _of_backend(name)),
+    *PEERS,
 )
 
 
@@ -110,7 +151,8 @@ def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluat
 
     The package's own backends keep every bound of every row.  Torch's compositions do not (eager misses the cap of the
     worst row, the row sum at large V and, in bfloat16, the correct rounding of 3 % of the entries), so they are held to
-    the identity of the whole gradient.
+    the identity of the whole gradient.  Other libraries are held to what shows that they compute the same thing: their
+    errors are reported, not judged.
 
     Raises:
         AssertionError: an error exceeds its budget; the message names the provider.
@@ -118,11 +160,19 @@ def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluat
     loss, gradient = differentiate(provider, logits.clone(), labels)
     exact_loss = getattr(expected.terms, provider.part).mean()
     exact_gradient = expected.gradients[provider.part] / logits.size(0)
+    if provider.package is not None:
+        check_identity(loss.view(1), exact_loss.view(1), "peer", label=provider.name)
+        check_identity(gradient, exact_gradient, "peer", label=provider.name)
+    else:
+        _verify_own(provider, loss, gradient, exact_loss, exact_gradient)
+    row_errors = (gradient.double() - exact_gradient).norm(dim=-1) / exact_gradient.norm(dim=-1)
+    return Errors(float((loss.double() - exact_loss).abs() / exact_loss), float(row_errors.max()))
+
+
+def _verify_own(provider: Provider, loss: Tensor, gradient: Tensor, exact_loss: Tensor, exact_gradient: Tensor) -> None:
     check_term(provider.part, loss.view(1), exact_loss.view(1), label=provider.name)
     if provider.backend is None:
         dtype = str(gradient.dtype).removeprefix("torch.")
         check_identity(gradient, exact_gradient, f"{dtype}_gradient", label=provider.name)
     else:
         check_gradient(gradient, exact_gradient, label=provider.name)
-    row_errors = (gradient.double() - exact_gradient).norm(dim=-1) / exact_gradient.norm(dim=-1)
-    return Errors(float((loss.double() - exact_loss).abs() / exact_loss), float(row_errors.max()))

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.report`: tables and plot from the committed results, never by hand; nothing is measured here.
+"""`python -m benchmarks.report`: tables and plots from the committed results, never by hand; nothing is measured here.
 
-Writes the block between the markers of README.md, the full table beside the results, and a plot.  Run it again after a
-change of the kernels: it then marks the figures as stale.
+Writes the blocks between the markers of README.md, the full table beside the results, and the plots.  Run it again
+after a change of the kernels: it then marks the figures as stale.  This module holds the block of the loss on a CPU.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from . import measure_gpu, measure_heads_gpu, plots, report_gpu
 from .cases import CASES
 from .measure import RESULTS, UNIT, Row
+from .measure_step import RESULTS as STEPS
 from .provenance import ROOT, source_hash
 from .providers import PROVIDERS
 
@@ -24,6 +28,7 @@ PLOT = RESULTS.with_suffix(".svg")
 NOT_MEASURED = "Not yet measured: `make bench` fills this in."
 STALE = "**Stale:** the kernel sources have changed since this was measured; `make bench` measures again."
 
+MEASURED_ON_GPU = {"loss": measure_gpu.RESULTS, "heads": measure_heads_gpu.RESULTS}
 REGIME_TITLES = {"raised": "mmap threshold raised", "glibc": "glibc as it is"}
 MEGA = 2**20
 
@@ -48,14 +53,53 @@ TARGETS = (
 
 
 def main() -> None:
-    """Rewrite the README block, the full table and the plot; print how the targets fared."""
+    """Rewrite the README's blocks, the full table and the plots; print how the targets fared."""
     results = load(RESULTS)
-    README.write_text(splice(README.read_text(), readme_block(results, source_hash())))
+    README.write_text(readme(README.read_text()))
+    for path, draw_plot in drawings().items():
+        draw_plot(path)
     if results is None:
         return
     FULL_TABLE.write_text(full_table(results))
     draw(results, PLOT)
     sys.stdout.write("\n".join(target_table(results)) + "\n")
+
+
+def readme(text: str) -> str:
+    """``text`` with every block as the committed results give it; a block without markers is not shown."""
+    text = splice(text, readme_block(load(RESULTS), source_hash()))
+    for name, block in blocks().items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text:
+            text = splice(text, block, begin, end)
+    return text
+
+
+def blocks() -> dict[str, str]:
+    """The other blocks by the name of their markers."""
+    gpu = source_hash(kind="gpu")
+    measured = [load_json(path) for path in (*MEASURED_ON_GPU.values(), STEPS["gpu"])]
+    return {
+        "benchmark-gpu": report_gpu.gpu_block(*measured, gpu),
+        "benchmark-step": report_gpu.step_block(load_json(STEPS["cpu"]), source_hash(), "make bench"),
+        "gpucheck": report_gpu.gpucheck_block(load_json(report_gpu.GPUCHECK), gpu),
+    }
+
+
+def drawings() -> dict[Path, Callable[[Path], None]]:
+    """Every plot but that of the CPU's block, and what draws it: those whose results there are."""
+    found: dict[Path, Callable[[Path], None]] = {}
+    for path in (RESULTS, MEASURED_ON_GPU["loss"]):
+        results = load_json(path)
+        if results is not None:
+            found[path.with_name(f"{path.stem}_scaling.svg")] = partial(plots.draw_scaling, results)
+            found[path.with_name(f"{path.stem}_roofline.svg")] = partial(plots.draw_roofline, results)
+    return found
+
+
+def load_json(path: Path) -> dict | None:
+    """The results in ``path`` as they are; ``None`` if there are none yet."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def load(path: Path) -> dict | None:
@@ -95,6 +139,7 @@ def readme_block(results: dict | None, current_hash: str) -> str:
         "\n".join(case_table(results, case.name)) for case in CASES if case.must_hold and case.name in results["cases"]
     ]
     parts += ["\n".join(target_table(results)), _legend(), f"![Time in copies of the logits]({_relative(PLOT)})"]
+    parts += [f"![Speed and memory against V and N]({_relative(PLOT.with_name('loss_cpu_scaling.svg'))})"]
     return "\n\n".join(parts)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, measure_gpu, provenance, report, sampling
+from benchmarks import measure, plots, provenance, report, sampling
 from benchmarks.cases import CASES, Case, by_name
-from benchmarks.providers import GPU_PROVIDERS, PROVIDERS, Provider, eager_loss, expectation, verify
+from benchmarks.providers import PROVIDERS, Provider, eager_loss, expectation, verify
 from caref_kernels import backends
 
 SMALL = Case("small", 8, 300)
@@ -165,34 +165,6 @@ def test_the_source_hash_follows_kernels_and_build_but_not_documents(tmp_path: P
     assert provenance.source_hash(tmp_path) == hashes[-1]
 
 
-def test_the_gpu_benchmark_on_the_cpu(tmp_path: Path, capsys, monkeypatch) -> None:
-    """Everything but the device: which providers are absent and why, rows, units, the file."""
-    monkeypatch.setattr(measure_gpu, "GPU_PROVIDERS", tuple(one for one in GPU_PROVIDERS if one.name != "compiled"))
-    output = tmp_path / "gpu.json"
-    measure_gpu.main(
-        ["--device", "cpu", "--rows", "2", "--cases", "flan-t5", "--seconds", "0", "--output", str(output)]
-    )
-    results = json.loads(output.read_text())
-    rows = [measure_gpu.GpuRow(**row) for row in results["rows"]]
-    phases = {(row.provider, row.phase) for row in rows}
-    assert phases == {("copy", "both")} | {
-        (name, phase) for name in ("cross-entropy", "eager") for phase in measure_gpu.PHASES
-    }
-    assert {"triton", "triton-inplace"} == set(results["absent"]["flan-t5"])
-    by_phase = {(row.provider, row.phase): row for row in rows}
-    assert by_phase["copy", "both"].percent_of_copy == 100
-    both = by_phase["eager", "both"]
-    assert both.gigabytes_per_second == pytest.approx(3 * 2 * 32_128 * 2 / both.p50_ms / 1e6, rel=1e-2)
-    assert "eager" in capsys.readouterr().out
-
-
-def test_the_gpu_benchmark_without_a_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(SystemExit, match="no CUDA device; nothing was measured"):
-        measure_gpu.main([])
-
-
 def test_gpu_cases_repeat_drawn_rows() -> None:
     """On a device the drawn rows are repeated; meta stands for it."""
     logits, labels = Case("wide", 130, 40).tensors("meta")
@@ -313,7 +285,8 @@ def test_the_plot_is_reproducible_and_names_its_results(tmp_path: Path) -> None:
 def test_the_readme_shows_the_committed_results() -> None:
     """If this fails, run `python -m benchmarks.report`: figures come from the results and say when they are stale."""
     text = report.README.read_text()
-    assert text == report.splice(text, report.readme_block(report.load(report.RESULTS), provenance.source_hash()))
+    assert text == report.readme(text)
+    assert all(f"<!-- {name}:begin -->" in text for name in report.blocks())
 
 
 def test_table_and_plot_were_made_from_the_committed_results() -> None:
@@ -324,4 +297,7 @@ def test_table_and_plot_were_made_from_the_committed_results() -> None:
         return
     assert report.FULL_TABLE.read_text() == report.full_table(results)
     assert report.fingerprint(results) in report.PLOT.read_text()
+    for path in report.drawings():
+        measured = path.with_name(re.sub("_(scaling|roofline)", "", path.name)).with_suffix(".json")
+        assert plots.fingerprint(report.load_json(measured)) in path.read_text()
     assert re.fullmatch("[0-9a-f]{64}", results["provenance"]["source_sha256"])

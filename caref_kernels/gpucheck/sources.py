@@ -1,0 +1,44 @@
+"""Which sources decide the results of a kind of kernels, and their hash; which commit they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The kernels with their build flags, and the Python between a caller and them.
+_EVERYWHERE = ("setup.py", "csrc/*", "caref_kernels/*.py", "caref_kernels/backends/*.py")
+KERNEL_SOURCES = {
+    "cpu": (*_EVERYWHERE, "csrc/cpu/**/*"),
+    "gpu": (*_EVERYWHERE, "csrc/cuda/**/*", "caref_kernels/backends/triton/**/*.py"),
+}
+# Files that a run itself rewrites: they do not make the tree dirty.
+RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
+
+
+def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
+    """sha256 over the names and contents of the sources of one kind of kernels, in hexadecimal."""
+    digest = hashlib.sha256()
+    files = {path for pattern in KERNEL_SOURCES[kind] for path in root.glob(pattern) if path.is_file()}
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def is_checkout(root: Path = ROOT) -> bool:
+    """Whether the package runs from its source tree, so that its hash and its build can be looked at."""
+    return (root / "csrc").is_dir() and (root / "setup.py").is_file()
+
+
+def git(*arguments: str) -> str:
+    """What git says in the source tree.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: there is no git, or no checkout.
+    """
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.strip()
