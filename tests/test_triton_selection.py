@@ -64,7 +64,7 @@ def test_plans_triton(itemsize, even, rows):
 @pytest.fixture
 def short_lists(monkeypatch):
     """Sizes at which rows of 700 columns are sampled, overflow lists and are searched."""
-    for name, value in {"MOST_LISTED": 160, "LIST_DEPTH": 1, "SAMPLE_CHUNKS": 8, "SAMPLE_CHUNK": 8}.items():
+    for name, value in {"MOST_LISTED": 320, "LIST_DEPTH": 1, "SAMPLE_CHUNKS": 8, "SAMPLE_CHUNK": 8}.items():
         monkeypatch.setattr(tiling, name, value)
 
 
