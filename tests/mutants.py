@@ -27,13 +27,14 @@ from typing import NamedTuple
 from mutant_patches import PYTHON, Mutant
 from mutant_patches_compiled import COMPILED
 from mutant_patches_cuda import CUDA
+from mutant_patches_evidence import EVIDENCE
 from mutant_patches_harness import HARNESS
 from mutant_patches_linear import LINEAR
 from mutant_patches_sparsity import SPARSE
 from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-_ALL = [*PYTHON, *LINEAR, *HARNESS, *TRITON, *SPARSE, *CUDA, *COMPILED]
+_ALL = [*PYTHON, *LINEAR, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -57,13 +58,13 @@ class Tree:
     def __init__(self, path: Path) -> None:
         self.path = path
         ignore = shutil.ignore_patterns("__pycache__", "build")
-        for name in ("caref_kernels", "csrc", "tests"):
+        for name in ("benchmarks", "caref_kernels", "csrc", "tests"):
             shutil.copytree(ROOT / name, path / name, ignore=ignore)
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, path / name)
         self._is_built = False
         environment = dict(os.environ, PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-        self._environment = {**environment, "MAX_JOBS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._environment = {**environment, "MAX_JOBS": "1", "CAREF_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
 
     def plant(self, mutant: Mutant) -> str:
         """Write the mistake; the text before it, to be given to ``restore``."""
