@@ -59,7 +59,7 @@ class Tree:
             shutil.copy(ROOT / name, path / name)
         self._is_built = False
         environment = dict(os.environ, PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-        self._environment = {**environment, "MAX_JOBS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._environment = {**environment, "MAX_JOBS": "1", "CAREF_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
 
     def plant(self, mutant: Mutant) -> str:
         """Write the mistake; the text before it, to be given to ``restore``."""
