@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 from mutant_patches import PYTHON, Mutant
 from mutant_patches_compiled import COMPILED
+from mutant_patches_evidence import EVIDENCE
 from mutant_patches_linear import LINEAR
 from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-MUTANTS = [*PYTHON, *LINEAR, *TRITON, *COMPILED]
+MUTANTS = [*PYTHON, *LINEAR, *EVIDENCE, *TRITON, *COMPILED]
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed
@@ -53,7 +54,7 @@ class Tree:
     def __init__(self, path: Path) -> None:
         self.path = path
         ignore = shutil.ignore_patterns("__pycache__", "build")
-        for name in ("caref_kernels", "csrc", "tests"):
+        for name in ("benchmarks", "caref_kernels", "csrc", "tests"):
             shutil.copytree(ROOT / name, path / name, ignore=ignore)
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, path / name)

@@ -169,9 +169,12 @@ def test_a_peer_may_be_imprecise_but_not_wrong():
     own = dataclasses.replace(rough, package=None)
     with pytest.raises(AssertionError, match="rough"):
         verify(own, logits, labels, expected)
-    wrong = dataclasses.replace(rough, loss=lambda z, y: functional.cross_entropy(z.float(), y) * 1.1)
-    with pytest.raises(AssertionError, match="identity peer"):
-        verify(wrong, logits, labels, expected)
+    for wrong_loss in (
+        lambda z, y: functional.cross_entropy(z.float(), y) + 0.5,
+        lambda z, y: functional.cross_entropy(z.float(), y) + 0.1 * (z - z.detach()).float().sum(),
+    ):
+        with pytest.raises(AssertionError, match="identity peer"):
+            verify(dataclasses.replace(rough, loss=wrong_loss), logits, labels, expected)
 
 
 def test_contestants_that_fail_are_absent_with_their_reason():
