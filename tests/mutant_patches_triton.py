@@ -43,7 +43,7 @@ TRITON = [
         (
             "t-offset-32-bits",
             "(narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)\n",
-            "((narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n",
+            "((narrow % inner_rows) * inner_stride.to(tl.int32)).to(tl.int64)\n",
         ),
     ),
     *mutants(
