@@ -130,7 +130,7 @@ def test_stages_that_need_the_device_alone_get_it():
         conduct.Job(stages.BY_NAME[name], "triton", "cuda") for name in ("warm", "smoke", "labels", "large", "fuzz")
     ]
     groups = [([job.stage.name for job in group], alone) for group, alone in conduct._groups(jobs)]
-    assert groups == [(["warm"], True), (["smoke", "labels"], False), (["large"], True), (["fuzz"], True)]
+    assert groups == [(["warm"], True), (["smoke", "labels"], False), (["large"], True), (["fuzz"], False)]
 
 
 def test_stages_of_a_gpu_are_found_by_the_names_of_the_backends(monkeypatch):

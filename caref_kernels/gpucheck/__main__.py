@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _conduct(options: argparse.Namespace) -> int:
-    settings = conduct.Settings(tuple(options.stage), options.budget, options.jobs, options.device, options.scale)
+    jobs = options.jobs or max(2, min(6, len(os.sched_getaffinity(0)) // 3))
+    settings = conduct.Settings(tuple(options.stage), options.budget, jobs, options.device, options.scale)
     written = report.Report(options.out, environment.package_state(options.commit), settings._asdict())
     conduct.Conductor(settings, written, _say).run()
     counts = ", ".join(f"{count} {status}" for status, count in written.summary().items() if count)
@@ -80,7 +82,7 @@ def _aot(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
     chosen = [variant for variant in aot.variants(options.arch) if options.only in str(variant)]
-    return _machine_code(chosen, options.jobs)
+    return _machine_code(chosen, options.jobs or 2)
 
 
 def _machine_code(chosen: list[aot.Variant], jobs: int) -> int:
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="these alone; --list shows them")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for all stages (540)")
     parser.add_argument("--require", nargs="+", default=[], metavar="NAME", help="stages that must pass, not only run")
-    parser.add_argument("--jobs", type=int, default=3, help="stages, or with --aot kernels, at the same time (3)")
+    parser.add_argument("--jobs", type=int, default=0, help="stages, or with --aot kernels, at the same time")
     parser.add_argument("--commit", default="", help="the commit of a tree without its git folder")
     parser.add_argument("--list", action="store_true", help="show the stages and stop")
     parser.add_argument(

@@ -65,12 +65,12 @@ class Conductor:
 
     def run(self) -> None:
         """Every chosen stage; the environment always, because the others are chosen by it."""
-        for stage in STAGES[: len(_FIRST)]:
-            if stage.name == "env" or self._is_chosen(stage):
-                self._run(Job(stage, "", self._settings.device))
+        first, build = (Job(stage, "", self._settings.device) for stage in STAGES[: len(_FIRST)])
+        self._run(first)
         self._capability = self._report.content["host"].get("cc", "")
-        if self._capability and "build" in {stage["name"] for stage in self._report.content["stages"]}:
-            self._run(Job(STAGES[0], "", self._settings.device))  # what runs, now that it is built
+        if self._is_chosen(build.stage):
+            self._run(build)
+            self._look_again(first)
         jobs = [job for stage in STAGES[len(_FIRST) :] if self._is_chosen(stage) for job in self._jobs(stage)]
         for job in jobs:
             if job.reason:
@@ -79,6 +79,13 @@ class Conductor:
         for group, alone in _groups(able):
             with ThreadPoolExecutor(1 if alone else self._settings.jobs) as pool:
                 list(pool.map(self._run, group))
+
+    def _look_again(self, first: Job) -> None:
+        """After a build other backends may run."""
+        if self._report.content["stages"][-1].get("built"):
+            with tempfile.TemporaryDirectory(prefix="caref-gpucheck-") as folder:
+                _, _, found = self._start(first, first.stage.seconds, Path(folder, "result.json"))
+            self._report.content["host"] |= (found or {}).get("host", {})
 
     def _is_chosen(self, stage: Stage) -> bool:
         return not self._settings.stages or stage.name in self._settings.stages

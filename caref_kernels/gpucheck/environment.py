@@ -72,7 +72,8 @@ def package_state(commit: str) -> dict:
 
 def build(_device: str, seconds: float, capability: str = "") -> dict:
     """The compiled module; in a source tree it is built in place if it is missing or older than its sources."""
-    if sources.is_checkout() and _is_outdated():
+    outdated = sources.is_checkout() and _is_outdated()
+    if outdated:
         if shutil.which("c++") is None and shutil.which("g++") is None:
             raise Unsupported("no C++ compiler, and no compiled module")
         missing = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
@@ -88,7 +89,7 @@ def build(_device: str, seconds: float, capability: str = "") -> dict:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unsupported(f"no compiled module: {done.stderr.strip().splitlines()[-1]}")
-    return {"cases": 1, "failed": [], "controls": {}, "module": done.stdout.split()}
+    return {"cases": 1, "failed": [], "controls": {}, "built": outdated, "module": done.stdout.split()}
 
 
 def _is_outdated() -> bool:

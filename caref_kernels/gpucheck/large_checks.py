@@ -32,6 +32,7 @@ def large(subject: Subject) -> Iterator[Check]:
 
 def _need(subject: Subject, size: int) -> None:
     if subject.on_gpu:
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         if free < size:
             raise Unsupported(f"{size / 2**30:.0f} GiB of device memory are needed, {free / 2**30:.0f} are free")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import sources
@@ -34,20 +35,21 @@ def sanitizer(backend: str, seconds: float) -> dict:
     """Each tool over :func:`drive` in a process of its own."""
     program = _program()
     _require_working(program)
-    failed, found = [], {}
-    for tool in TOOLS:
-        command = ["env", *_ENVIRONMENT, program, "--tool", tool, "--error-exitcode", str(ERRORS)]
-        command += [sys.executable, "-m", "caref_kernels.gpucheck", "--worker", "drive", "--backend", backend]
-        try:
-            done = subprocess.run(
-                command, cwd=sources.ROOT, capture_output=True, text=True, timeout=seconds / len(TOOLS), check=False
-            )
-        except subprocess.TimeoutExpired:
-            failed.append([tool, f"not done after {seconds / len(TOOLS):.0f} s"])
-            continue
-        found[tool], message = read(done.returncode, done.stdout + done.stderr)
-        failed += [[tool, message]] if message else []
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        results = dict(zip(TOOLS, pool.map(lambda tool: _run(program, tool, backend, seconds), TOOLS), strict=True))
+    failed = [[tool, message] for tool, (_, message) in results.items() if message]
+    found = {tool: errors for tool, (errors, _) in results.items()}
     return {"cases": len(TOOLS), "failed": failed, "controls": {"planted write": "caught"}, "errors": found}
+
+
+def _run(program: str, tool: str, backend: str, seconds: float) -> tuple[int | None, str]:
+    command = ["env", *_ENVIRONMENT, program, "--tool", tool, "--error-exitcode", str(ERRORS)]
+    command += [sys.executable, "-m", "caref_kernels.gpucheck", "--worker", "drive", "--backend", backend]
+    try:
+        done = subprocess.run(command, cwd=sources.ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"not done after {seconds:.0f} s"
+    return read(done.returncode, done.stdout + done.stderr)
 
 
 def read(code: int, output: str) -> tuple[int | None, str]:

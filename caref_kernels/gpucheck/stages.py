@@ -32,7 +32,7 @@ class Stage(NamedTuple):
     per_backend: bool = True  # once for each backend of the GPU, else once, without a GPU
     on_host: bool = False  # for the CPU's compiled backend as well
     only: str = ""  # a backend that it is about
-    alone: bool = False  # nothing beside it: it takes the memory or the cores
+    alone: bool = False  # nothing beside it: it takes the memory or all cores
     least: float = 10.0
     open_ended: bool = False  # takes all the time that is left
 
@@ -88,12 +88,12 @@ STAGES: tuple[Stage, ...] = (
     Stage("compile", "torch.compile", 120, run_checks.compiled),
     Stage("opcheck", "schemas and fakes", 90, run_checks.opcheck),
     Stage("controls", "mistakes in compiled kernels", 120, function=compiled_controls.controls, only="triton"),
-    Stage("memory", "peak, leaks, out of memory", 60, run_checks.memory, alone=True),
+    Stage("memory", "peak, leaks, out of memory", 60, run_checks.memory),
     Stage("large", "offsets beyond 32 bits", 120, large_checks.large, alone=True),
-    Stage("suite", "the conformance suite on the GPU", 180, function=environment.suite, alone=True, least=60),
-    Stage("sanitizer", "compute-sanitizer", 160, function=sanitizer.sanitizer, alone=True, least=60),
-    Stage("aot", "machine code of the Triton kernels", 240, function=environment.aot, per_backend=False, alone=True),
-    Stage("fuzz", "random calls", 600, large_checks.fuzz, alone=True, least=5, open_ended=True),
+    Stage("sanitizer", "compute-sanitizer", 180, function=sanitizer.sanitizer, least=60),
+    Stage("suite", "the conformance suite on the GPU", 240, function=environment.suite, least=60),
+    Stage("aot", "machine code of the Triton kernels", 240, function=environment.aot, per_backend=False),
+    Stage("fuzz", "random calls", 120, large_checks.fuzz, open_ended=True),
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}
 

@@ -93,7 +93,7 @@ def run_checks(subject: Subject, checks: Iterable[Check], seconds: float, open_e
             for quantity, error in (check.run(subject) or {}).items():
                 if quantity not in worst or not error <= worst[quantity][0]:
                     worst[quantity] = [error, check.name]
-        except Unsupported as reason:
+        except (Unsupported, torch.cuda.OutOfMemoryError) as reason:
             count -= 1
             could_not.append([check.name, str(reason)])
             continue
