@@ -30,6 +30,7 @@ TOO_LARGE = frozenset(
         "test_incoming_gradients_A03_A04_A05",
         "test_largest_value_and_slope_Y12",
         "test_many_rows_N01",
+        "test_masks_do_not_depend_on_threads",
         "test_many_short_rows_N23",
         "test_mean_of_many_sixteen_bit_rows_D02",
         "test_micro_batches_R06",

@@ -22,12 +22,13 @@ using Key = typename KeyType<T>::Type;
 
 template <typename T>
 constexpr Key<T> kSignBit = static_cast<Key<T>>(uint64_t{1} << (8 * sizeof(T) - 1));
-// Below the key of every value.
-template <typename T>
-constexpr Key<T> kNoKey = kSignBit<T>;
 template <typename T>
 constexpr Key<T> kInfinityKey =
     static_cast<Key<T>>(sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000);
+// Below the key of every value, -inf among them.  Not the least integer, which values_of could not
+// negate.
+template <typename T>
+constexpr Key<T> kNoKey = -kInfinityKey<T> - 1;
 
 // The magnitude's bits with the value's sign: -0.0 and 0.0 have the same key.  Undone by values_of.
 template <typename T>
