@@ -54,7 +54,7 @@ struct Byte {
   uint32_t written_phase = 0, written_clock = 0;
   uint32_t read_phase = 0, read_clock = 0;
   uint16_t writer = 0, reader = 0;
-  bool is_sum = false;  // what has written last was an atomic addition
+  bool is_sum = false;  // since the last barrier of the block only atomic additions have written
 };
 enum class Access { kRead, kWrite, kAdd };
 constexpr uint16_t kWarpOf = 0x4000;   // several readers of the warp `reader & 0x3fff`
@@ -257,11 +257,13 @@ void* Machine::touch(std::ptrdiff_t offset, std::size_t size, Access access) {
     }
     check_order(byte, i, access);
     if (access != Access::kRead) {
-      const bool joins = access == Access::kAdd && byte.is_sum && byte.written_phase == phase_;
+      const bool is_again = byte.written_phase == phase_;
+      const bool joins = access == Access::kAdd && byte.is_sum && is_again;
+      // An addition to what this thread has just written does not make that an addition.
+      byte.is_sum = access == Access::kAdd && (byte.is_sum || !is_again);
       byte.written_phase = phase_;
       byte.written_clock = clocks_[warp];
       byte.writer = joins && byte.writer != current_ ? kSeveral : static_cast<uint16_t>(current_);
-      byte.is_sum = access == Access::kAdd;
       continue;
     }
     const bool is_new = byte.read_phase != phase_ || byte.reader == current_;
