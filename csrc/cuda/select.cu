@@ -157,7 +157,9 @@ __device__ __forceinline__ void mask_row(const RowParams& params, int64_t row_in
   const Key high = key_of_bound(shared.constants[kTopValue], kLeastNormal);
   const Selection found = select_top(row, shared, least_key(shared, k), high, top, k);
   MaskedSums<Kind> sums(params, shared);
-  row.visit(found.threshold + 1, [&](Key key) { sums.add(S::widen(element_of<Element>(key))); });
+  if (found.above > (top > found.threshold)) {
+    row.visit(found.threshold + 1, [&](Key key) { sums.add(S::widen(element_of<Element>(key))); });
+  }
   sums.fold();
   block_sums(sums.sum, shared.sums, shared.totals);
   if (threadIdx.x != 0) return;

@@ -124,6 +124,7 @@ class ListedRow {
       return;
     }
     used_ = 0;
+    // Two in flight: with more, the sums and keys beside them no longer fit into 64 registers.
     for_each_vector<2>(share_, [&](const Vector& vector, int index) {
       const auto bits = bits_as<VectorBits>(vector);
       CAREF_UNROLL
