@@ -34,7 +34,7 @@ KERNEL_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp", "cpu/select.cpp")
 X86_SETS = {"x86_64_v4": "-march=x86-64-v4 -mprefer-vector-width=512", "x86_64_v3": "-march=x86-64-v3"}
 # -ftz: e^y takes two instructions instead of four, and what it loses is below every sum's rounding.
 NVCC_FLAGS = "-std=c++17 -O3 -ftz=true -Xcompiler -fPIC,-fvisibility=hidden,-Wno-unknown-pragmas -Xfatbin -compress-all"
-CUDA_SOURCES = ("cuda/forward.cu", "cuda/backward.cu")
+CUDA_SOURCES = ("cuda/forward.cu", "cuda/select.cu", "cuda/backward.cu")
 CUDA_STORAGES = ("Float32", "Float64", "BFloat16", "Float16")
 # One image per major version runs on all of its minor ones; what comes later runs the PTX of the newest.
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")

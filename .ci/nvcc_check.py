@@ -69,7 +69,11 @@ def register_limit(kernel: Kernel, unit: str, blocks: dict[str, int]) -> int:
     wanted = blocks["float64" if "Float64" in unit else "float32"]
     if "row_kernel" in kernel.name and "ILi4ELi2E" in kernel.name:
         wanted = blocks["many sums"]
-    return _REGISTER_FILE // (blocks["threads"] * wanted) // 8 * 8
+    threads = blocks["threads"]
+    if "mask_kernel" in kernel.name:
+        threads = blocks["mask threads"]
+        wanted = 1 if "Float64" in unit or "AnyExponents" in kernel.name else blocks["mask"]
+    return _REGISTER_FILE // (threads * wanted) // 8 * 8
 
 
 def launch_bounds() -> dict[str, int]:
@@ -79,11 +83,15 @@ def launch_bounds() -> dict[str, int]:
     kinds = re.search(r"kBlocks = sizeof\(T\) == 8 \? (\d) : (\d);", launch)
     many = re.search(r"kForwardBlocks = Kind::kMoments > 12 \? (\d) :", launch)
     threads = re.search(r"kMostThreads = (\d+);", reduce)
+    mask_threads = re.search(r"kMaskThreads = (\d+);", launch)
+    mask = re.search(r"kMaskBlocks = sizeof\(T\) == 8 \|\| !Kind::kOnePass \? 1 : (\d);", launch)
     return {
         "float64": int(kinds.group(1)),
         "float32": int(kinds.group(2)),
         "many sums": int(many.group(1)),
         "threads": int(threads.group(1)),
+        "mask threads": int(mask_threads.group(1)),
+        "mask": int(mask.group(1)),
     }
 
 

@@ -62,6 +62,14 @@ struct NoSced {
   }
 };
 
+// A kind whose SCED is over the top k alone.
+template <typename Kind>
+struct Masked : Kind {};
+template <typename Kind>
+constexpr bool kIsMasked = false;
+template <typename Kind>
+constexpr bool kIsMasked<Masked<Kind>> = true;
+
 // The sums of a row, or of a part of it, relative to its maximum; the arg-max column is left out.
 template <typename Kind>
 struct PartialSums {

@@ -13,11 +13,9 @@ import torch
 import triton_interpreter
 
 from caref_kernels import backends
-from caref_kernels.config import RowSpec
 
 # The emulation of the CUDA kernels is a backend of the suite alone.
 BACKENDS = (*backends.ORDER, cuda_emulated.NAME)
-WITHOUT_MASKS = ("cuda", cuda_emulated.NAME)
 DEVICE_CHECKED = (*backends.DEVICE_CHECKED, cuda_emulated.NAME)
 
 
@@ -68,7 +66,6 @@ def _backend_fixture(name: str, names: Iterable[str], meaning: str):
     @pytest.fixture(params=tuple(names), name=name)
     def fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         chosen = _runnable(request.param, request.config)
-        _skip_what_it_cannot_do(chosen, getattr(request.module, "SPEC", None))
         if cuda_device.device_of(chosen) == "cuda":
             cuda_device.move_tensors_of(request.module, "cuda", monkeypatch)
         return chosen
@@ -95,13 +92,6 @@ silent_backend = _backend_fixture(
 )
 
 
-masking_backend = _backend_fixture(
-    "masking_backend",
-    (name for name in BACKENDS if name not in WITHOUT_MASKS),
-    "The name of each backend that runs here and has top-k selection.",
-)
-
-
 @pytest.fixture
 def cuda() -> torch.device:
     """The current CUDA device."""
@@ -120,13 +110,6 @@ def _runnable(name: str, config: pytest.Config) -> str:
     if name in _required(config):
         pytest.fail(f"backend {name!r} is required and cannot run: {reason}")
     pytest.skip(f"backend {name!r}: {reason}")
-
-
-def _skip_what_it_cannot_do(name: str, spec: RowSpec | None) -> None:
-    """Of a module whose tests all ask for ``SPEC``."""
-    reason = backends.get(name).unsupported(torch.empty(1, 2, device=cuda_device.device_of(name)), spec)
-    if reason is not None:
-        pytest.skip(f"backend {name!r}: {reason}")
 
 
 @pytest.fixture(autouse=True)

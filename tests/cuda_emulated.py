@@ -75,7 +75,7 @@ def units(root: Path) -> dict[str, list[str]]:
     made = {
         f"{name}_{storage}": [*as_cpp, f"-DCAREF_STORAGE={storage}", str(csrc / "cuda" / f"{name}.cu")]
         for storage in STORAGES
-        for name in ("forward", "backward")
+        for name in ("forward", "select", "backward")
     }
     made["launch"] = [*as_cpp, str(csrc / "cuda" / "launch.cu")]
     made["emulator"] = [str(emulation / "emulator.cpp")]
@@ -218,8 +218,6 @@ class EmulatedCudaBackend(CudaBackend):
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         if _COMPILER is None:
             return "no C++ compiler to build the emulation with"
-        if spec is not None and spec.is_masked:
-            return "its kernels have no top-k selection"
         return None if logits.device.type == "cpu" else f"logits are on {logits.device}"
 
     def _guard(self, logits: Tensor) -> contextlib.AbstractContextManager:

@@ -10,6 +10,10 @@ LAUNCH = "csrc/cuda/launch.cu"
 REDUCE = "csrc/cuda/reduce.cuh"
 SLICES = "csrc/cuda/slices.cuh"
 STORAGE = "csrc/cuda/storage.cuh"
+KEYS = "csrc/cuda/keys.cuh"
+SELECT = "csrc/cuda/select.cuh"
+MASK = "csrc/cuda/select.cu"
+ROW_SUMS = "csrc/cuda/row_sums.cuh"
 
 CUDA = [
     *mutants(
@@ -23,7 +27,7 @@ CUDA = [
     ),
     *mutants(
         "the arg-max column in r",
-        FORWARD,
+        ROW_SUMS,
         "numerics",
         "cuda-emulated and (N02 or N21)",
         ("g-top-counted-in-residual", "shared.columns[column] = S::narrow(-kInfinity);", ""),
@@ -40,7 +44,11 @@ CUDA = [
         BACKWARD,
         "numerics",
         "cuda-emulated and N01",
-        ("g-sced-gradient-zero", "inner += row.sced * even_slope", "inner += 0 * row.sced * even_slope"),
+        (
+            "g-sced-gradient-zero",
+            "inner += weighted_sced<Kind>(z, row) *",
+            "inner += 0 * weighted_sced<Kind>(z, row) *",
+        ),
         ("g-two-columns-not-written", "if (column >= 0) out.store_one", "if (column < -1) out.store_one"),
     ),
     *mutants(
@@ -74,5 +82,72 @@ CUDA = [
         "cuda_kernels",
         "shared_rows",
         ("g-nothing-reserved", "kReservedBytes = 3 * 1024", "kReservedBytes = -64 * 1024"),
+    ),
+    *mutants(
+        "a wrong threshold or count",
+        SELECT,
+        "cuda_selection",
+        "exact or short",
+        ("g-last-digit-skipped", "} while (bits > 0);", "} while (bits > kDigitBits);"),
+        ("g-rank-not-lowered", "rank -= shared.found[kAboveBin];", ""),
+        (
+            "g-tail-counted-as-keys",
+            "kZeroKey<Element> - (S::kInfinityBits - 1);",
+            "kZeroKey<Element> - S::kInfinityBits;",
+        ),
+        ("g-top-not-a-key", "if (threadIdx.x == 0 && top >= base) count(top);", ""),
+        ("g-bracket-of-any-budget", "return k <= threads && key > kLowestKey", "return key > kLowestKey"),
+        ("g-overflow-unnoticed", "is_listed_ = shared.overflow[0] == 0;", "is_listed_ = true;"),
+        (
+            "g-top-listed-too",
+            "if (key < least || index * S::kWidth + k == argmax_) continue;",
+            "if (key < least) continue;",
+        ),
+        (
+            "g-flushed-bound-believed",
+            "fabs(value) < kLeastNormal ? subnormal : value",
+            "subnormal == 0 ? subnormal : value",
+        ),
+    ),
+    *mutants(
+        "shared memory used before a barrier",
+        SELECT,
+        "cuda_selection",
+        "exact or short",
+        ("g-histogram-not-clear", "__syncthreads();  // the histogram is clear", ""),
+        ("g-histogram-not-whole", "__syncthreads();  // the histogram is whole", ""),
+    ),
+    *mutants(
+        "keys that do not order the values",
+        KEYS,
+        "cuda_selection",
+        "exact or short",
+        ("g-zeros-differ", "bits & kZero ? kZero - magnitude :", "bits & kZero ? kZero - 1 - magnitude :"),
+    ),
+    *mutants(
+        "ties broken another way; the mask of the arg-max",
+        MASK,
+        "cuda_selection",
+        "exact or short or terms or subnormal",
+        ("g-tie-weight-one", "static_cast<double>(found.support - found.above) / found.equal;", "1.0;"),
+        ("g-ties-not-summed", "if (tied > 0) {", "if (tied < 0) {"),
+        ("g-top-counts-as-tied", "const int tied = found.equal - is_top_tied;", "const int tied = found.equal;"),
+        ("g-top-always-whole", "top > found.threshold ? 1.0 : is_top_tied ? tie_weight : 0.0;", "1.0;"),
+        ("g-masked-slopes-dropped", "sum[1] += static_cast<double>(slope_);", ""),
+        ("g-flushed-maximum-stored", "stats[kMaximum] = S::widen(element_of<Element>(top));", ""),
+    ),
+    *mutants(
+        "columns outside the mask counted in the backward, or ties counted whole",
+        BACKWARD,
+        "cuda_selection",
+        "terms or subnormal",
+        (
+            "g-backward-without-mask",
+            "return key > row.threshold ? row.sced : tied;",
+            "return key > 0 ? row.sced : tied;",
+        ),
+        ("g-backward-ties-whole", "static_cast<T>(row.grad_sced * mask.tie_weight)", "static_cast<T>(row.grad_sced)"),
+        ("g-label-without-mask", "label_weight = RowMask(params, place.row).weight(logit);", "label_weight = 1.0;"),
+        ("g-top-slope-without-mask", "row.top_slope *= mask.weight(row.maximum);", ""),
     ),
 ]

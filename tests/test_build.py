@@ -137,10 +137,14 @@ def test_what_ptxas_says_is_read():
     assert (row.architecture, row.registers, row.spilled) == ("sm_80", 90, 16)
     assert (gradient.architecture, gradient.registers, gradient.spilled) == ("sm_90", 80, 0)
     blocks = nvcc_check.launch_bounds()
-    assert blocks == {"float64": 2, "float32": 3, "many sums": 2, "threads": 256}
+    assert blocks == {"float64": 2, "float32": 3, "many sums": 2, "threads": 256, "mask threads": 512, "mask": 2}
     assert nvcc_check.register_limit(gradient, "backward_Float32", blocks) == 80
     assert nvcc_check.register_limit(gradient, "backward_Float64", blocks) == 128
     assert nvcc_check.register_limit(row, "forward_Float32", blocks) == 128
+    mask = nvcc_check.Kernel("mask_kernel<Masked<EvenExponents<2, 1>>>", "sm_90", 64, 0)
+    any_exponents = mask._replace(name="mask_kernel<Masked<AnyExponents>>")
+    limits = [(mask, "select_Float16", 64), (mask, "select_Float64", 128), (any_exponents, "select_Float32", 128)]
+    assert all(nvcc_check.register_limit(kernel, unit, blocks) == limit for kernel, unit, limit in limits)
 
 
 STUB = """\

@@ -89,7 +89,7 @@ def test_inductor_gives_the_same_bits_C02(backend, reduction):
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True), case))
 
 
-def test_masks_compile_C02(masking_backend):
+def test_masks_compile_C02(backend):
     """The policy is made inside the compiled function; its support comes out of it."""
 
     def step(logits, labels):
@@ -98,7 +98,7 @@ def test_masks_compile_C02(masking_backend):
             labels,
             sparsity=EntropyTopK(scale=0.5),
             return_terms=True,
-            backend=masking_backend,
+            backend=backend,
             reduction="none",
         )
         return out.loss, out.sced, out.support

@@ -43,6 +43,8 @@ def test_right_kernels_run(planted):
     assert planted("reverse") == list(range(64))[::-1]
     assert planted("neighbours") == [index ^ 1 for index in range(64)]
     assert planted("votes") == [7] * 64
+    assert planted("sum") == [sum(range(64))] * 64
+    assert planted("scan") == [lane + 1 + lane.bit_length() for lane in range(32)] * 2
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,12 @@ def test_right_kernels_run(planted):
         ("missing lane", "divergent warp: thread 0 waits at __shfl_xor_sync at planted.cu:"),
         ("unwritten", "thread 0 of block 0: reads byte 0 of shared memory, which nothing has written"),
         ("beyond the end", "bytes 256 to 260 are not aligned in the 256 of shared memory"),
+        ("sum of nothing", "thread 0 of block 0: reads byte 0 of shared memory, which nothing has written"),
+        (
+            "sum before it is cleared",
+            "writes byte 0 of shared memory, which thread 0 has written since the last barrier",
+        ),
+        ("sum read early", "writes byte 0 of shared memory, which another thread has read since the last barrier"),
         ("missing __syncwarp", "reads byte 4 of shared memory, which nothing has written"),
     ],
 )
@@ -103,6 +111,8 @@ MISTAKES = {
         "return static_cast<int32_t>((row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride);",
         "forward_BFloat16",
     ),
+    "histogram not clear": Planted("cuda/select.cuh", "__syncthreads();  // the histogram is clear", "", "select"),
+    "histogram not whole": Planted("cuda/select.cuh", "__syncthreads();  // the histogram is whole", "", "select"),
     "divergent barrier": Planted(
         "cuda/reduce.cuh",
         "  __syncthreads();  // the first warp",
@@ -110,7 +120,7 @@ MISTAKES = {
         "forward",
     ),
     "shared row not filled": Planted(
-        "cuda/forward.cu", "row[index] = vector;", "if (index > 0) row[index] = vector;", "forward"
+        "cuda/row_sums.cuh", "row[index] = vector;", "if (index > 0) row[index] = vector;", "forward"
     ),
 }
 
@@ -128,9 +138,9 @@ def _backend(tmp_path: Path, name: str) -> cuda_emulated.EmulatedCudaBackend:
     return cuda_emulated.EmulatedCudaBackend(path)
 
 
-def _terms(backend, logits, labels=None):
+def _terms(backend, logits, labels=None, budget=(0.0, 0, 0)):
     """Terms and statistics."""
-    return backend.forward(logits, labels, SPEC._replace(vocab_size=logits.size(-1)))
+    return backend.forward(logits, labels, RowSpec(*SPEC[:5], *budget)._replace(vocab_size=logits.size(-1)))
 
 
 def _run(backend, logits, labels=None):
@@ -153,6 +163,14 @@ def _row_before(value: float, columns: int = 33):
     ("name", "error"),
     [
         ("missing barrier", r"CUDA: row_kernel: thread \d+ of block 0: reads byte \d+ of shared memory"),
+        (
+            "histogram not clear",
+            r"CUDA: mask_kernel: thread \d+ of block 0: \w+ byte \d+ of shared memory, which (nothing|thread)",
+        ),
+        (
+            "histogram not whole",
+            r"CUDA: mask_kernel: thread \d+ of block 0: \w+ byte \d+ of shared memory, which (several|another|thread)",
+        ),
         ("divergent barrier", r"CUDA: row_kernel: divergent barrier: thread 0 waits at __syncthreads at reduce.cuh:"),
         (
             "shared row not filled",
@@ -162,8 +180,9 @@ def _row_before(value: float, columns: int = 33):
 )
 def test_missing_and_divergent_barriers_and_unwritten_memory(tmp_path, name, error):
     case = make_case("normal_1", 2, 1000, seed=1)
+    backend = _backend(tmp_path, name)
     with pytest.raises(RuntimeError, match=error):
-        _run(_backend(tmp_path, name), *case)
+        _terms(backend, *case, *([(0.0, 40, 40)] if "mask_kernel" in error else []))
 
 
 def test_missing_barrier_before_the_two_columns(tmp_path):

@@ -99,13 +99,13 @@ def test_calls_from_several_threads_at_once(backend):
 
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("policy", [TopK(40), EntropyTopK()], ids=str)
-def test_masks_do_not_depend_on_threads(masking_backend, policy):
+def test_masks_do_not_depend_on_threads(backend, policy):
     """Every thread has lists of its own."""
     case = make_case("normal_1", 48, 9000, seed=9)
     torch.set_num_threads(1)
-    expected = _results(case, masking_backend, sparsity=policy)
+    expected = _results(case, backend, sparsity=policy)
     for threads in (2, 4):
         torch.set_num_threads(threads)
         for _ in range(3):
-            for one, other in zip(_results(case, masking_backend, sparsity=policy), expected, strict=True):
+            for one, other in zip(_results(case, backend, sparsity=policy), expected, strict=True):
                 assert torch.equal(one, other)

@@ -38,7 +38,7 @@ def test_reference_agrees_with_the_file(real):
         check_term(name, getattr(terms, name), real[name][:16])
 
 
-def test_masked_terms_of_real_rows(masking_backend, real):
+def test_masked_terms_of_real_rows(backend, real):
     """k = ceil(exp(H)), the counts above and at the threshold, and SCED over the mask, from the file."""
     out = caref_loss(
         real["logits"],
@@ -46,12 +46,12 @@ def test_masked_terms_of_real_rows(masking_backend, real):
         sparsity=EntropyTopK(),
         reduction="none",
         return_terms=True,
-        backend=masking_backend,
+        backend=backend,
     )
     assert torch.equal(out.support.double(), real["support"].double())
     check_term("sced", out.sced, real["sced_entropy_topk"])
     spec = CarefConfig(sparsity=EntropyTopK()).row_spec(real["logits"].size(-1))
-    _, stats = ops.forward(real["logits"], None, *spec, masking_backend)
+    _, stats = ops.forward(real["logits"], None, *spec, backend)
     threshold, tie_weight = stats[:, -2:, None].unbind(1)
     above, equal = ((real["logits"] > threshold).sum(-1), (real["logits"] == threshold).sum(-1))
     assert torch.equal(above, real["n_gt"].long())

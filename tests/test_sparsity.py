@@ -27,8 +27,6 @@ from caref_kernels.testing import (
 POLICIES = (TopK(1), TopK(8), TopK(600), EntropyTopK(), EntropyTopK(scale=0.2, k_min=2), EntropyTopK(k_max=5))
 # Not near_uniform: there log(p/U) is smaller than the rounding of r, which only cancels in a sum over all columns.
 REGIMES = ("normal_1", "normal_10", "confident_1e-7", "bimodal", "lm_like", "tied_maxima")
-# What every test here asks of its backend; conftest.py skips those that cannot.
-SPEC = CarefConfig(sparsity=TopK(1)).row_spec(8)
 
 
 def _statistics(logits, policy, backend):

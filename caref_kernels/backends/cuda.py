@@ -29,8 +29,6 @@ class CudaBackend:
         """Needs a build with nvcc, logits on a CUDA device, and machine code or PTX for it."""
         if self.module is None:
             return MISSING
-        if spec is not None and spec.is_masked:
-            return "its kernels have no top-k selection"
         built = self.module.CUDA_ARCHITECTURES
         if not built:
             return "built without nvcc (put it on the path or set CUDA_HOME, and install again)"

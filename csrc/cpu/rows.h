@@ -9,14 +9,6 @@
 
 namespace caref::cpu::CAREF_ISA {
 
-// A kind whose SCED is over the top k alone.
-template <typename Kind>
-struct Masked : Kind {};
-template <typename Kind>
-constexpr bool kIsMasked = false;
-template <typename Kind>
-constexpr bool kIsMasked<Masked<Kind>> = true;
-
 // Calls visitor(kind) with the kind of kernel that the mask and the exponents of `params` need.
 template <typename Visitor>
 void visit_kind(const RowParams& params, Visitor visitor) {

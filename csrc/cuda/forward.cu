@@ -6,26 +6,16 @@
 // Rows that several blocks share take a second launch, which merges their sums, and for such
 // exponents two more.  Compiled once per storage type, which is the macro CAREF_STORAGE.
 #include "launch.cuh"
+#include "row_sums.cuh"
 
 namespace caref::cuda {
 namespace {
 
-using S = CAREF_STORAGE;
-using T = S::Arithmetic;
-using Element = S::Element;
-
 // A partial result: maximum, its column, and the sums, residual and first moment first.
 constexpr int kPartialHead = 2;
 template <typename Kind>
-constexpr int kSums = 2 + Kind::kMoments;
-template <typename Kind>
 constexpr int kPartialSize = kPartialHead + kSums<Kind>;
-constexpr int kScedSums = 2;  // sum f and sum p f'
 constexpr int kSecondBytes = (kMostWarps + 1) * kScedSums * sizeof(double);
-
-// Vectors that a thread has in flight: 64 bytes, as many as hide the latency of memory from the
-// threads that a multiprocessor holds.
-constexpr int kBatch = 4;
 
 // Shared memory of row_kernel: small arrays, then the block's share of the row.
 template <typename Kind>
@@ -56,64 +46,6 @@ struct RowMemory {
         row(memory, kRow),
         columns(memory, kRow) {}
 };
-
-// e^(D-J) u^J as a product of two halves, which other D and J share.
-template <int D, int J>
-__device__ __forceinline__ T monomial(T e, T u) {
-  if constexpr (D == 1) {
-    return J == 0 ? e : u;
-  } else {
-    constexpr int kLow = D / 2, kLowJ = J > kLow ? kLow : J;
-    return monomial<kLow, kLowJ>(e, u) * monomial<D - kLow, J - kLowJ>(e, u);
-  }
-}
-
-// The sums of one thread in T: over at most 256 columns, so that rounding stays small.
-template <typename Kind>
-struct ThreadSums {
-  T sum[kSums<Kind>] = {};
-
-  __device__ __forceinline__ void add(T y) {
-    const T e = exponential(y);      // NaN passes here
-    const T u = e * clamp_shift(y);  // and not here
-    sum[0] += e;
-    sum[1] += u;
-    if constexpr (Kind::kOnePass) add_moments<0>(e, u);
-  }
-
- private:
-  template <int K>
-  __device__ __forceinline__ void add_moments(T e, T u) {
-    constexpr int kPowers = Kind::Sums::kPowers;
-    sum[2 + K] += monomial<Kind::Sums::kAlpha + K / kPowers, K % kPowers>(e, u);
-    if constexpr (K + 1 < Kind::kMoments) add_moments<K + 1>(e, u);
-  }
-};
-
-// Copies the share into shared memory; the thread's largest column, and the vector that holds it.
-__device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray<Vector>& row) {
-  Top<T> top{static_cast<T>(-kInfinity), 0};
-  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
-    row[index] = vector;
-    const T largest = S::maximum(vector);
-    if (largest > top.value) top = {largest, index};
-  });
-  return top;
-}
-
-// Finds the column of the maximum in its vector and takes it out of the row.  Only the thread that
-// sums this vector comes here, so no other thread needs to see the change.
-template <typename Kind>
-__device__ void take_out(const Top<T>& top, const RowMemory<Kind>& shared) {
-  const Vector vector = shared.row[top.vector];
-  const auto z = S::unpack(vector);
-  int within = 0;
-  CAREF_UNROLL
-  for (int i = S::kWidth - 1; i >= 0; --i) within = z.at[i] == top.value ? i : within;
-  const int column = top.vector * S::kWidth + within;
-  shared.columns[column] = S::narrow(-kInfinity);
-  shared.flags[0] = column;
-}
 
 // Adds f and p f' of a vector; `top` is the index in it that is left out, if it is one.
 __device__ __forceinline__ void add_sced(const Vector& vector, int top, T maximum, T inverse_d, T c,
@@ -149,23 +81,6 @@ __device__ void add_second_pass(const RowParams& params, const RowMemory<Kind>& 
   }
   block_sums(sums, shared.sums, shared.totals);
   if (threadIdx.x == 0) result.add_sced(shared.totals[0], shared.totals[1], exponents);
-}
-
-// The result of a row from its sums, `totals`, which may be shared or global memory.
-template <typename Kind, typename Totals>
-__device__ __forceinline__ RowResult<T> finish(const RowParams& params, const Target& target,
-                                               const Totals& totals, double maximum, int64_t argmax,
-                                               double label_logit) {
-  const RowSums sums{maximum, argmax, totals[0], totals[1]};
-  const Exponents exponents = Kind::exponents(params);
-  RowResult<T> result(params, target, exponents, sums, label_logit);
-  if constexpr (Kind::kOnePass) {
-    typename Kind::Sums moments;
-    CAREF_UNROLL
-    for (int k = 0; k < Kind::kMoments; ++k) moments.sum[k] = totals[2 + k];
-    if (result.needs_sced()) result.add_sced(moments, exponents);
-  }
-  return result;
 }
 
 // A block for each slice of each row.  If it has the whole row it finishes it.
@@ -339,20 +254,27 @@ Status forward_rows(const RowParams& params, const Plan& plan, const Resources& 
   return launches.status();
 }
 
+// The kind of the sums.
+template <typename Visitor>
+void visit_sums(const RowParams& params, Visitor visitor) {
+  if (has_mask(params)) return visitor(NoSced{});
+  visit_kinds<S>(params, visitor);
+}
+
 }  // namespace
 
 template <>
 Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
   Status status;
-  visit_kinds<S>(
-      params, [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
+  visit_sums(params,
+             [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
   return status;
 }
 
 template <>
 int64_t forward_workspace_of<S>(const RowParams& params, const Plan& plan) {
   int64_t doubles = 0;
-  visit_kinds<S>(params, [&](auto kind) {
+  visit_sums(params, [&](auto kind) {
     using Kind = decltype(kind);
     const bool second = Kind::kSced && !Kind::kOnePass;
     doubles = kPartialSize<Kind> + (second ? kScedSums : 0);

@@ -12,6 +12,10 @@ constexpr int kLeastSliceColumns = 4096;
 constexpr int kMostThreadColumns = 256;
 // Vectors of a thread below which a smaller block wastes less.
 constexpr int kLeastThreadVectors = 4;
+// Longer lists of a thread would hold keys that the bracket leaves out.
+constexpr int kMostDepth = 64;
+// Threads of a block below which a histogram takes longer to search than a row to count.
+constexpr int kLeastMaskThreads = 128;
 // Bytes of a backward slice: sixteen vectors of a thread repay the dozen divisions of its block.
 constexpr int kBackwardSliceBytes = 64 * 1024;
 
@@ -95,12 +99,34 @@ Plan backward_plan(const RowParams& params, const Device& device) {
                  int64_t{blocks} * device.multiprocessors);
 }
 
+MaskPlan mask_plan(const RowParams& params, const Device& device) {
+  const int bytes = element_bytes(params.logits_dtype), width = kVectorBytes / bytes;
+  const int64_t columns = ceiling(params.columns, width) * width;
+  MaskPlan plan;
+  plan.blocks.columns = static_cast<int>(columns);
+  plan.blocks.slices = 1;
+  plan.blocks.threads = kLeastMaskThreads;
+  while (plan.blocks.threads < kMaskThreads &&
+         plan.blocks.threads * width * kLeastThreadVectors < columns) {
+    plan.blocks.threads *= 2;
+  }
+  plan.blocks.most_blocks = device.most_blocks;
+  plan.row_fits = columns * bytes <= device.share_bytes(1) - kMaskBytes &&
+                  columns <= kMaskThreads * kMostThreadColumns;
+  using Default = EvenExponents<2, 1>;
+  const int blocks = bytes == 8 ? kMaskBlocks<double, Default> : kMaskBlocks<float, Default>;
+  const int depth = (device.share_bytes(blocks) - kMaskBytes) / (plan.blocks.threads * bytes);
+  plan.depth = depth < 0 ? 0 : depth < kMostDepth ? depth : kMostDepth;
+  return plan;
+}
+
 Status forward_workspace(const RowParams& params, int64_t& bytes) {
   bytes = 0;
   if (params.rows() == 0) return {};
   Device device;
   const Status status = device_of_call(device);
   if (status.error) return status;
+  if (has_mask(params) && mask_plan(params, device).row_fits) return {};
   visit_storage(params.logits_dtype, [&](auto storage) {
     bytes = forward_workspace_of<decltype(storage)>(params, forward_plan(params, device));
   });
@@ -113,7 +139,12 @@ Status forward(const RowParams& params, const Resources& resources) {
   Status status = device_of_call(device);
   if (status.error) return status;
   visit_storage(params.logits_dtype, [&](auto storage) {
-    status = forward_of<decltype(storage)>(params, forward_plan(params, device), resources);
+    using S = decltype(storage);
+    const MaskPlan mask = mask_plan(params, device);
+    if (!has_mask(params) || !mask.row_fits) {
+      status = forward_of<S>(params, forward_plan(params, device), resources);
+    }
+    if (has_mask(params) && !status.error) status = mask_of<S>(params, mask, resources);
   });
   return status;
 }

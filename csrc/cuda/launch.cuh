@@ -18,6 +18,14 @@ constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
 template <typename T, typename Kind>
 constexpr int kForwardBlocks = Kind::kMoments > 12 ? 2 : kBlocks<T>;
 
+// Of the forward with a mask, which has one block for a whole row: more threads, fewer blocks. Real
+// powers and float64 take more than 64 registers.
+constexpr int kMaskThreads = 512;
+template <typename T, typename Kind>
+constexpr int kMaskBlocks = sizeof(T) == 8 || !Kind::kOnePass ? 1 : 2;
+// Its shared memory besides the row: the histogram and small arrays, at most.
+constexpr int kMaskBytes = 9 * 1024;
+
 // What the choice depends on besides the shape.
 struct Device {
   int multiprocessors = 0;
@@ -44,11 +52,25 @@ Plan forward_plan(const RowParams& params, const Device& device);
 // The backward keeps nothing: slices are as long as repays the set-up of a block.
 Plan backward_plan(const RowParams& params, const Device& device);
 
-// The kernels of one storage type: forward.cu and backward.cu, compiled for each.
+// One slice to a row.
+struct MaskPlan {
+  Plan blocks;
+  bool row_fits = false;  // into shared memory
+  int depth = 0;          // if not: places in each thread's list of keys
+};
+MaskPlan mask_plan(const RowParams& params, const Device& device);
+
+// Whether SCED is over the top k: then the sums of the dense kernels leave it out.
+inline bool has_mask(const RowParams& params) { return params.is_masked() && params.with_sced; }
+
+// The kernels of one storage type: forward.cu, select.cu and backward.cu, compiled for each.
 template <typename S>
 Status forward_of(const RowParams& params, const Plan& plan, const Resources& resources);
 template <typename S>
 int64_t forward_workspace_of(const RowParams& params, const Plan& plan);
+// The mask and SCED, and everything else too if the row fits.
+template <typename S>
+Status mask_of(const RowParams& params, const MaskPlan& plan, const Resources& resources);
 template <typename S>
 Status backward_of(const RowParams& params, const Plan& plan, const Resources& resources);
 
@@ -64,6 +86,14 @@ void visit_kinds(const RowParams& params, Visitor visitor) {
       visitor(kind);
     }
   });
+}
+
+// With a mask the columns outside of it take no part, so the default exponents alone have kernels
+// of their own.
+template <typename Visitor>
+void visit_masked_kinds(const RowParams& params, Visitor visitor) {
+  if (params.alpha == 2.0 && params.beta == 1.0) return visitor(Masked<EvenExponents<2, 1>>{});
+  visitor(Masked<AnyExponents>{});
 }
 
 // A sequence of launches on one stream; after the first error the others are left out.

@@ -98,6 +98,7 @@ struct PairedStorage {
 };
 
 struct BFloat16 : PairedStorage<BFloat16> {
+  static constexpr uint32_t kInfinityBits = 0x7f80;
   using Pair = __nv_bfloat162;
   static __device__ __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
     low = bits_as<float>(word << 16);
@@ -109,6 +110,7 @@ struct BFloat16 : PairedStorage<BFloat16> {
 };
 
 struct Float16 : PairedStorage<Float16> {
+  static constexpr uint32_t kInfinityBits = 0x7c00;
   using Pair = __half2;
   static __device__ __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
     const float2 both = __half22float2(bits_as<__half2>(word));
@@ -120,8 +122,12 @@ struct Float16 : PairedStorage<Float16> {
   }
 };
 
-struct Float32 : PlainStorage<float> {};
-struct Float64 : PlainStorage<double> {};
+struct Float32 : PlainStorage<float> {
+  static constexpr uint32_t kInfinityBits = 0x7f800000;
+};
+struct Float64 : PlainStorage<double> {
+  static constexpr uint64_t kInfinityBits = 0x7ff0000000000000;
+};
 
 // One block's share of a row: columns [0, columns) from `data`, seen as vectors.  The same thread
 // takes the same columns whether the share starts at a multiple of 16 bytes or not, so a row gives

@@ -3,7 +3,8 @@
 // one after another (emulator.cpp).  A kernel fails, as a launch error that says where, when
 //   - a barrier or a warp operation is not reached by all of its threads at one place;
 //   - shared memory is read before it is written, out of its bounds, or by a thread that no barrier
-//     separates from another's write (or written by one that none separates from another's access).
+//     separates from another's write (or written by one that none separates from another's access);
+//     atomic additions alone may meet without a barrier between them.
 // Only the macro CAREF_DYNAMIC_SHARED gives shared memory: a plain __shared__ could not be watched,
 // and does not compile.
 #pragma once
@@ -63,6 +64,13 @@ int lane();
 // Every access to shared memory; they do not return if it is a mistake.
 void* shared_for_reading(std::ptrdiff_t offset, std::size_t bytes);
 void* shared_for_writing(std::ptrdiff_t offset, std::size_t bytes);
+void* shared_for_adding(std::ptrdiff_t offset, std::size_t bytes);
+
+// The address of an element of shared memory.
+template <typename E>
+struct SharedAddress {
+  std::ptrdiff_t offset;
+};
 
 template <typename Value>
 Value exchange(unsigned mask, Value value, int from, const Site& site) {
@@ -87,6 +95,10 @@ unsigned ballot(unsigned mask, bool predicate, const Site& site);
 #define __shfl_xor_sync(mask, value, step)                                   \
   ::cuda_emulation::exchange(mask, value, ::cuda_emulation::lane() ^ (step), \
                              CUDA_EMULATION_SITE("__shfl_xor_sync"))
+#define __shfl_up_sync(mask, value, step)                                                       \
+  ::cuda_emulation::exchange(                                                                   \
+      mask, value, ::cuda_emulation::lane() - ((step) > ::cuda_emulation::lane() ? 0 : (step)), \
+      CUDA_EMULATION_SITE("__shfl_up_sync"))
 #define __shfl_sync(mask, value, from) \
   ::cuda_emulation::exchange(mask, value, (from) % 32, CUDA_EMULATION_SITE("__shfl_sync"))
 #define __ballot_sync(mask, predicate) \
@@ -115,6 +127,7 @@ class SharedArray {
     const Reference& operator=(const Reference& other) const {
       return *this = static_cast<E>(other);
     }
+    cuda_emulation::SharedAddress<E> operator&() const { return {offset_}; }
 
    private:
     std::ptrdiff_t offset_;
@@ -130,6 +143,20 @@ class SharedArray {
 };
 
 }  // namespace caref::cuda
+
+template <typename E>
+E atomicAdd(cuda_emulation::SharedAddress<E> address, E value) {
+  void* const place = cuda_emulation::shared_for_adding(address.offset, sizeof(E));
+  E old;
+  std::memcpy(&old, place, sizeof(E));
+  const E sum = old + value;
+  std::memcpy(place, &sum, sizeof(E));
+  return old;
+}
+
+inline int __clzll(long long value) {
+  return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
+}
 
 enum cudaError_t {
   cudaSuccess = 0,

@@ -54,9 +54,11 @@ struct Byte {
   uint32_t written_phase = 0, written_clock = 0;
   uint32_t read_phase = 0, read_clock = 0;
   uint16_t writer = 0, reader = 0;
+  bool is_sum = false;  // since the last barrier of the block only atomic additions have written
 };
+enum class Access { kRead, kWrite, kAdd };
 constexpr uint16_t kWarpOf = 0x4000;   // several readers of the warp `reader & 0x3fff`
-constexpr uint16_t kSeveral = 0x7fff;  // readers of several warps
+constexpr uint16_t kSeveral = 0x7fff;  // readers of several warps, or adders
 
 struct alignas(16) Slots {
   unsigned char lane[kWarp][16];
@@ -72,7 +74,7 @@ class Machine {
   void call() { body_(arguments_); }
   void* slot(int lane) { return slots_[current_ / kWarp * 2 + self().slots].lane[lane]; }
   void next_slots() { self().slots ^= 1; }
-  void* touch(std::ptrdiff_t offset, std::size_t bytes, bool writes);
+  void* touch(std::ptrdiff_t offset, std::size_t bytes, Access access);
 
  private:
   Thread& self() { return threads_[current_]; }
@@ -80,7 +82,7 @@ class Machine {
   void resume(int index);
   bool run_warp(int warp);
   bool release_block();
-  void check_order(const Byte& byte, std::ptrdiff_t offset, bool writes);
+  void check_order(const Byte& byte, std::ptrdiff_t offset, Access access);
   bool is_ordered(int other_warp, uint32_t clock) const {
     return other_warp == current_ / kWarp && clock < clocks_[current_ / kWarp];
   }
@@ -222,12 +224,16 @@ bool Machine::run_block(const cudaLaunchConfig_t& config, void (*body)(void*), v
   }
 }
 
-void Machine::check_order(const Byte& byte, std::ptrdiff_t offset, bool writes) {
+void Machine::check_order(const Byte& byte, std::ptrdiff_t offset, Access access) {
+  const bool writes = access != Access::kRead;
   const auto where = " byte " + std::to_string(offset) + " of shared memory";
-  if (byte.written_phase == phase_ && byte.writer != current_ &&
+  const bool both_add = access == Access::kAdd && byte.is_sum;
+  if (byte.written_phase == phase_ && byte.writer != current_ && !both_add &&
       !is_ordered(byte.writer / kWarp, byte.written_clock)) {
-    fail(std::string(writes ? "writes" : "reads") + where + ", which thread " +
-         std::to_string(byte.writer) + " has written since the last barrier");
+    const bool several = byte.writer == kSeveral;
+    fail(std::string(writes ? "writes" : "reads") + where + ", which " +
+         (several ? "several threads have" : "thread " + std::to_string(byte.writer) + " has") +
+         " written since the last barrier");
   }
   if (!writes || byte.read_phase != phase_ || byte.reader == current_) return;
   const int reader_warp = byte.reader & kWarpOf ? byte.reader & ~kWarpOf : byte.reader / kWarp;
@@ -236,7 +242,7 @@ void Machine::check_order(const Byte& byte, std::ptrdiff_t offset, bool writes) 
   }
 }
 
-void* Machine::touch(std::ptrdiff_t offset, std::size_t size, bool writes) {
+void* Machine::touch(std::ptrdiff_t offset, std::size_t size, Access access) {
   const auto bytes = static_cast<std::ptrdiff_t>(size);
   const bool is_aligned = bytes > 16 || offset % bytes == 0;  // a structure is read in parts
   if (offset < 0 || offset + bytes > shared_bytes_ || !is_aligned) {
@@ -246,14 +252,18 @@ void* Machine::touch(std::ptrdiff_t offset, std::size_t size, bool writes) {
   const int warp = current_ / kWarp;
   for (std::ptrdiff_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = bytes_[static_cast<std::size_t>(i)];
-    if (!writes && byte.written_phase < first_phase_) {
+    if (access != Access::kWrite && byte.written_phase < first_phase_) {
       fail("reads byte " + std::to_string(i) + " of shared memory, which nothing has written");
     }
-    check_order(byte, i, writes);
-    if (writes) {
+    check_order(byte, i, access);
+    if (access != Access::kRead) {
+      const bool is_again = byte.written_phase == phase_;
+      const bool joins = access == Access::kAdd && byte.is_sum && is_again;
+      // An addition to what this thread has just written does not make that an addition.
+      byte.is_sum = access == Access::kAdd && (byte.is_sum || !is_again);
       byte.written_phase = phase_;
       byte.written_clock = clocks_[warp];
-      byte.writer = static_cast<uint16_t>(current_);
+      byte.writer = joins && byte.writer != current_ ? kSeveral : static_cast<uint16_t>(current_);
       continue;
     }
     const bool is_new = byte.read_phase != phase_ || byte.reader == current_;
@@ -292,10 +302,13 @@ void* warp_slot(int lane) { return machine.slot(lane); }
 void next_warp_slots() { machine.next_slots(); }
 int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 void* shared_for_reading(std::ptrdiff_t offset, std::size_t bytes) {
-  return machine.touch(offset, bytes, false);
+  return machine.touch(offset, bytes, Access::kRead);
 }
 void* shared_for_writing(std::ptrdiff_t offset, std::size_t bytes) {
-  return machine.touch(offset, bytes, true);
+  return machine.touch(offset, bytes, Access::kWrite);
+}
+void* shared_for_adding(std::ptrdiff_t offset, std::size_t bytes) {
+  return machine.touch(offset, bytes, Access::kAdd);
 }
 
 unsigned ballot(unsigned mask, bool predicate, const Site& site) {

@@ -97,6 +97,29 @@ __global__ void votes_kernel(int* out) {
   out[threadIdx.x] = votes == 0xaaaaaaaau && some && !all ? __shfl_sync(kAllLanes, 7, 3) : 0;
 }
 
+// Every thread adds to one sum, which is cleared, added to and read with barriers between, or with
+// one of them missing.
+template <bool kCleared, bool kBarrierBefore, bool kBarrierAfter>
+__global__ void sum_kernel(int* out) {
+  CAREF_DYNAMIC_SHARED(memory);
+  const SharedArray<int> sums(memory, 0);
+  if (kCleared && threadIdx.x == 0) sums[0] = 0;
+  if (kBarrierBefore) __syncthreads();
+  atomicAdd(&sums[0], static_cast<int>(threadIdx.x));
+  if (kBarrierAfter) __syncthreads();
+  out[threadIdx.x] = sums[0];
+}
+
+__global__ void scan_kernel(int* out) {
+  const int lane = threadIdx.x % kWarp;
+  int sum = 1;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += other;
+  }
+  out[threadIdx.x] = sum + 64 - __clzll(static_cast<long long>(lane));
+}
+
 struct Named {
   const char* name;
   void (*kernel)(int*);
@@ -114,6 +137,11 @@ const Named kKernels[] = {
     {"neighbours", neighbours_kernel<true>},
     {"missing __syncwarp", neighbours_kernel<false>},
     {"votes", votes_kernel},
+    {"sum", sum_kernel<true, true, true>},
+    {"sum of nothing", sum_kernel<false, true, true>},
+    {"sum before it is cleared", sum_kernel<true, false, true>},
+    {"sum read early", sum_kernel<true, true, false>},
+    {"scan", scan_kernel},
 };
 
 }  // namespace
