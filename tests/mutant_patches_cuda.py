@@ -95,13 +95,17 @@ CUDA = [
             "kZeroKey<Element> - (S::kInfinityBits - 1);",
             "kZeroKey<Element> - S::kInfinityBits;",
         ),
-        ("g-top-not-a-key", "if (threadIdx.x == 0 && top >= base) count(top);", ""),
-        ("g-bracket-of-any-budget", "return k <= threads && key > kLowestKey", "return key > kLowestKey"),
-        ("g-overflow-unnoticed", "is_listed_ = shared.overflow[0] == 0;", "is_listed_ = true;"),
+        ("g-top-not-a-key", "if (threadIdx.x == 0 && top >= base) count(top);", "if (rank < 0) count(top);"),
+        (
+            "g-bracket-of-any-budget",
+            "return k <= threads && key > kLowestKey",
+            "return k <= 2 * threads && key > kLowestKey",
+        ),
+        ("g-overflow-unnoticed", "is_listed_ = shared.overflow[0] == 0;", "is_listed_ = shared.overflow[0] >= 0;"),
         (
             "g-top-listed-too",
-            "if (key < least || index * S::kWidth + k == argmax_) continue;",
-            "if (key < least) continue;",
+            "index * S::kWidth + k == argmax_) continue;",
+            "index * S::kWidth + k == -1 - argmax_) continue;",
         ),
         (
             "g-flushed-bound-believed",

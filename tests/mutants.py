@@ -151,6 +151,8 @@ class Trial:
         code, output = tree.test(mutant.arguments(), mutant.is_interpreted)
         if code == 0:
             return "survived", f"passed: {' '.join(mutant.arguments())}"
+        if mutant.is_compiled and ": error: " in output:  # the emulation of CUDA is compiled by its tests
+            return "unfair", "does not compile: " + next(line for line in output.splitlines() if ": error: " in line)
         if code == 1:
             failed = [
                 line.removeprefix("FAILED ").split(" - ")[0] for line in output.splitlines() if "FAILED tests" in line
