@@ -14,7 +14,7 @@ OLDEST_TRITON := triton==3.6.0
 export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -58,6 +58,8 @@ bench-report: $(READY)  ## tables and plots again from the committed results, wi
 	$(PY) -m benchmarks.report && $(PY) -m benchmarks.report_linear
 bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
 	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
+bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and torch.topk (2 minutes)
+	$(PY) -m benchmarks.measure_sparse $(ARGS)
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,16 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from caref_kernels import CarefConfig, EntropyTopK, TopK, caref_loss
+from caref_kernels import EntropyTopK, TopK, caref_loss
 from caref_kernels.testing import check_identity
 
 from . import sampling
 from .cases import Case
 from .measure import worker_environment
 from .provenance import ROOT, provenance
-from .providers import Loss, Provider
+from .providers import Loss, Provider, eager_masked_loss
 
 SCHEMA = 1
 RESULTS = ROOT / "benchmarks" / "results" / "sparse_cpu.json"
@@ -40,26 +38,6 @@ POLICIES = {"8": TopK(8), "64": TopK(64), "1024": TopK(1024), "exp(H)": EntropyT
 DENSE = "dense"
 # Set before anything was measured; of forward and backward together, for exp(H).
 MOST_DENSE, LEAST_EAGER = 2.0, 10.0
-
-
-def eager_masked_loss(logits: Tensor, labels: Tensor, policy: TopK | EntropyTopK) -> Tensor:
-    """The masked loss as a careful user composes it: torch.topk once, and sums over its columns alone."""
-    log_p = functional.log_softmax(logits, -1, dtype=torch.float32 if logits.dtype.itemsize < 8 else torch.float64)
-    p = log_p.exp()
-    columns = logits.size(-1)
-    log_ratio = log_p + math.log(columns)
-    budget = policy.budget()
-    with torch.no_grad():
-        wanted = (budget.scale * (-(p * log_p).sum(-1)).exp()).ceil()
-        k = wanted.clamp(budget.k_min, min(budget.k_max or columns, columns)).long()
-        most = int(k.max())
-        indices = logits.topk(most, -1).indices
-        kept = torch.arange(most) < k[:, None]
-    top, top_ratio = p.gather(-1, indices), log_ratio.gather(-1, indices)
-    sced = torch.where(kept, (top * top_ratio).square() * (1 - top), 0.0).sum(-1).mean()
-    kl = (p * log_ratio).sum(-1).mean()
-    ce = functional.nll_loss(log_p, labels)
-    return ce + CarefConfig.lambda_sced * sced + CarefConfig.lambda_kl * kl
 
 
 def contestants() -> tuple[Provider, ...]:

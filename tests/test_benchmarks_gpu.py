@@ -21,12 +21,13 @@ from benchmarks import (
     measure_heads_gpu,
     measure_step,
     peers,
+    providers,
     report_gpu,
     step_models,
 )
 from benchmarks.linear_cases import HeadCase
 from benchmarks.providers import GPU_PROVIDERS, PEERS, Provider, expectation, verify
-from caref_kernels import backends
+from caref_kernels import TopK, backends
 
 ROOT = Path(__file__).parents[1]
 TINY_HEAD = HeadCase("tiny", 24, 300, 16)
@@ -65,9 +66,9 @@ def test_the_loss_on_the_cpu(in_process, tmp_path, capsys, monkeypatch):
     results = _main(measure_gpu, in_process, monkeypatch, tmp_path, "--rows", "2", "--cases", "flan-t5")
     rows = [measure_gpu.GpuRow(**row) for row in results["rows"]]
     phases = {(row.provider, row.phase) for row in rows}
-    names = ("cross-entropy", "eager")
+    names = ("cross-entropy", "eager", "eager-topk")
     assert phases == {("copy", "both")} | {(name, phase) for name in names for phase in measure_gpu.PHASES}
-    own = {f"{name}{kind}" for name in ("triton",) for kind in ("", "-inplace", "-ce", "-ce-inplace")}
+    own = {f"{name}{kind}" for name in ("triton",) for kind in ("", "-inplace", "-ce", "-ce-inplace", "-topk")}
     assert own | {one.name for one in PEERS} <= set(results["absent"]["flan-t5"])
     by_phase = {(row.provider, row.phase): row for row in rows}
     assert by_phase["copy", "both"].percent_of_copy == 100
@@ -175,6 +176,15 @@ def test_a_peer_may_be_imprecise_but_not_wrong():
     ):
         with pytest.raises(AssertionError, match="identity peer"):
             verify(dataclasses.replace(rough, loss=wrong_loss), logits, labels, expected)
+
+
+def test_a_masked_contestant_is_held_to_the_masked_loss():
+    logits, labels = cases.Case("small", 8, 300, torch.float32).tensors()
+    expected = expectation(logits, labels)
+    masked = next(one for one in providers._of_backend("cpu") if one.sparsity is not None)
+    verify(masked, logits, labels, expected)
+    with pytest.raises(AssertionError, match="cpu-topk"):
+        verify(dataclasses.replace(masked, sparsity=TopK(1)), logits, labels, expected)
 
 
 def test_contestants_that_fail_are_absent_with_their_reason():
