@@ -112,7 +112,7 @@ def test_rules_with_and_without_cuda(fake_nvcc, tmp_path):
     build = setup.NinjaBuild(Distribution())
     cuda = setup.CudaBuild.found()
     with_cuda, without = build._rules(tmp_path / "_C.so", cuda), build._rules(tmp_path / "_C.so", None)
-    assert with_cuda.count("compile_cuda /") == len(cuda.units()) == 9
+    assert with_cuda.count("compile_cuda /") == len(cuda.units()) == 13
     assert "-cudart static" in with_cuda
     assert "code=compute_90" in with_cuda
     assert "nvcc" not in without

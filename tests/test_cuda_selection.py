@@ -39,13 +39,16 @@ def _exact_mask(logits, k):
 
 
 def _rows(dtype, columns=COLUMNS):
-    """Noise; heavy ties; one value; subnormal numbers and both zeros; mostly -inf; ascending."""
+    """Noise; ties; one value; subnormal numbers and both zeros; mostly -inf; ascending; a large one for each thread."""
     generator = torch.Generator().manual_seed(columns)
     noise = torch.randn(columns, generator=generator)
     ties = torch.randint(-9, 9, (columns,), generator=generator) / 4.0
     small = torch.randint(-40, 40, (columns,), generator=generator).to(dtype) * torch.finfo(dtype).smallest_normal / 64
     rare = torch.where(noise > 1.5, noise, -math.inf)
-    rows = [noise, ties, torch.full((columns,), -3.25), small, rare, torch.linspace(-9, 9, columns)]
+    width = 16 // dtype.itemsize  # of the vectors that the 512 threads of a long row take in turn
+    index = torch.arange(columns)
+    tops = torch.where((index < 512 * width) & (index % width == 1), 5 + noise, -9 + noise)
+    rows = [noise, ties, torch.full((columns,), -3.25), small, rare, torch.linspace(-9, 9, columns), tops]
     return torch.stack([row.to(dtype) for row in rows])
 
 

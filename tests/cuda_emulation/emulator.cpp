@@ -7,11 +7,8 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "cuda_runtime.h"
+#include "denormals.h"
 #include "fibers.h"
 
 uint3 threadIdx, blockIdx;
@@ -277,20 +274,6 @@ void* Machine::touch(std::ptrdiff_t offset, std::size_t size, Access access) {
   }
   return shared_.get() + offset;
 }
-
-// Small float32 numbers are 0, as setup.py asks of the GPU.
-class FlushDenormals {
- public:
-#if defined(__x86_64__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FlushDenormals() {}
-#endif
-};
 
 }  // namespace
 
