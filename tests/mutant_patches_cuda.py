@@ -21,7 +21,7 @@ CUDA = [
         FORWARD,
         "cuda_kernels",
         "shared_rows",
-        ("g-blocks-lose-their-maxima", "own.raise(part[0] - top.value);", ";"),
+        ("g-blocks-lose-their-maxima", "own.raise(part[0] - top.value);", "{}"),
         ("g-column-within-the-slice", "partial[1] = place.begin + argmax;", "partial[1] = argmax;"),
         ("g-second-pass-counts-the-top", "i == top ? T(0) : exponential(y)", "i == top - 99 ? T(0) : exponential(y)"),
     ),
