@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(dict.fromkeys(case.name for cases in CASES.values() for case in cases))
     parser.add_argument("--cases", nargs="*", default=[], metavar="NAME", help=names)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model lies")
-    parser.add_argument("--seconds", type=float, default=5.0, help="measured time per model")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured time per model")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds for all of it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and the kernels")
     parser.add_argument("--output", type=Path, help="the results file")

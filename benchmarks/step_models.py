@@ -121,7 +121,7 @@ def step_loss(name: str, model: nn.Module) -> Iterator[StepLoss]:
         from caref_kernels.integrations.transformers_heads import fused_head
 
         with fused_head(model) as head:
-            yield lambda model, inputs, labels: head.loss(model(**inputs), labels)
+            yield lambda model, inputs, labels: head.loss(model(**inputs), labels, shift=False)  # labels are aligned
         return
     losses = {"cross-entropy": _cross_entropy, "eager": _eager, "fused": _caref}
     with nullcontext():
