@@ -59,7 +59,7 @@ bench-report: $(READY)  ## tables and plots again from the committed results, wi
 bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
 	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
 bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and torch.topk (2 minutes)
-	$(PY) -m benchmarks.measure_sparse $(ARGS)
+	$(PY) -m benchmarks.measure_sparse $(ARGS) && $(PY) -m benchmarks.report
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)

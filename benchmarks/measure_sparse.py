@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .cases import Case
 from .measure import worker_environment
 from .provenance import ROOT, provenance
 from .providers import Loss, Provider, eager_masked_loss
+from .report_gpu import STALE
 
 SCHEMA = 1
 RESULTS = ROOT / "benchmarks" / "results" / "sparse_cpu.json"
@@ -123,6 +125,31 @@ def table(results: dict) -> str:
     lines += ["", f"Set beforehand, for exp(H): masked / dense at most {MOST_DENSE:g}, eager / masked at least "]
     lines[-1] += f"{LEAST_EAGER:g}."
     return "\n".join(lines) + "\n"
+
+
+def readme_block(results: dict | None, current_hash: str) -> str:
+    """The README's sentence: the range of each ratio over the cases, for every k and for exp(H)."""
+    if results is None:
+        return "Not yet measured: `make bench-sparse` fills this in."
+    made, cases = results["provenance"], results["cases"]
+    both = {(row["case"], row["contestant"]): row["both_ms"][1] for row in results["rows"]}
+
+    def ratios(above: str, below: str, names: Iterable[str]) -> str:
+        pairs = [((case, above.format(name)), (case, below.format(name))) for case in cases for name in names]
+        found = [both[one] / both[other] for one, other in pairs]
+        return f"{min(found):.2g} to {max(found):.2g}"
+
+    every = RESULTS.with_suffix(".md").relative_to(ROOT).as_posix()
+    text = (
+        f"On a CPU, {made['threads']} threads, forward and backward with a mask take "
+        f"{ratios('fused {}', DENSE, POLICIES)} times the dense loss; plain PyTorch with `torch.topk` takes "
+        f"{ratios('eager {}', 'fused {}', POLICIES)} times as long as that, "
+        f"{ratios('eager {}', 'fused {}', ['exp(H)'])} times for exp(H) (k of {', '.join(POLICIES)}; V from 32,128 to 262,144, float32 and bfloat16; "
+        f"[every figure]({every}); commit {made['commit'][:12]}"
+        f"{', with uncommitted changes' if made['dirty'] else ''})."
+    )
+    is_current = made["source_sha256"] == current_hash
+    return text if is_current else f"{STALE.format(command='make bench-sparse')}\n\n{text}"
 
 
 def main(arguments: list[str] | None = None) -> None:

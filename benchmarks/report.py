@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from . import measure_gpu, measure_heads_gpu, plots, report_gpu
+from . import measure_gpu, measure_heads_gpu, measure_sparse, plots, report_gpu
 from .cases import CASES
 from .measure import RESULTS, UNIT, Row
 from .measure_step import RESULTS as STEPS
@@ -82,6 +82,7 @@ def blocks() -> dict[str, str]:
     return {
         "benchmark-gpu": report_gpu.gpu_block(*measured, gpu),
         "benchmark-step": report_gpu.step_block(load_json(STEPS["cpu"]), source_hash(), "make bench"),
+        "benchmark-sparse": measure_sparse.readme_block(load_json(measure_sparse.RESULTS), source_hash()),
         "gpucheck": report_gpu.gpucheck_block(load_json(report_gpu.GPUCHECK), gpu),
     }
 

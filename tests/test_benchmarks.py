@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, plots, provenance, report, sampling
+from benchmarks import measure, measure_sparse, plots, provenance, report, sampling
 from benchmarks.cases import CASES, Case, by_name
 from benchmarks.providers import PROVIDERS, Provider, eager_loss, expectation, verify
 from caref_kernels import backends
@@ -245,6 +245,20 @@ def test_the_block_shows_every_provider_and_only_the_cases_of_the_targets() -> N
 def test_results_of_other_sources_are_marked_stale() -> None:
     assert report.STALE not in report.readme_block(_results(), "current")
     assert report.STALE in report.readme_block(_results(source="older"), "current")
+
+
+def test_the_sentence_of_masks_has_ratios_and_staleness() -> None:
+    names = {measure_sparse.DENSE: 2.0} | {f"fused {name}": 3.0 for name in measure_sparse.POLICIES}
+    names |= {f"eager {name}": 30.0 for name in measure_sparse.POLICIES} | {"eager exp(H)": 60.0}
+    rows = [{"case": "a", "contestant": name, "both_ms": [0.0, time, 0.0]} for name, time in names.items()]
+    results = _results() | {"cases": {"a": "A"}, "rows": rows}
+    text = measure_sparse.readme_block(results, "current")
+    assert "1.5 to 1.5 times the dense loss" in text
+    assert "10 to 20 times as long as that, 20 to 20 times for" in text
+    assert "Stale" not in text
+    assert "uncommitted" not in text
+    assert measure_sparse.readme_block(results, "other").startswith("**Stale:**")
+    assert measure_sparse.readme_block(None, "current").startswith("Not yet measured")
 
 
 def test_uncommitted_changes_are_mentioned() -> None:
