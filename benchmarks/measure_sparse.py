@@ -144,7 +144,8 @@ def readme_block(results: dict | None, current_hash: str) -> str:
         f"On a CPU, {made['threads']} threads, forward and backward with a mask take "
         f"{ratios('fused {}', DENSE, POLICIES)} times the dense loss; plain PyTorch with `torch.topk` takes "
         f"{ratios('eager {}', 'fused {}', POLICIES)} times as long as that, "
-        f"{ratios('eager {}', 'fused {}', ['exp(H)'])} times for exp(H) (k of {', '.join(POLICIES)}; V from 32,128 to 262,144, float32 and bfloat16; "
+        f"{ratios('eager {}', 'fused {}', ['exp(H)'])} times for exp(H) "
+        f"(k of {', '.join(POLICIES)}; V from 32,128 to 262,144, float32 and bfloat16; "
         f"[every figure]({every}); commit {made['commit'][:12]}"
         f"{', with uncommitted changes' if made['dirty'] else ''})."
     )
