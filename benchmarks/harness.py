@@ -20,7 +20,7 @@ FOLDER = ROOT / "benchmarks" / "results" / "harness"
 BEGIN, END = "<!-- harness:begin -->", "<!-- harness:end -->"
 NOT_RUN = "The real run is not in this checkout yet: `caref-harness run smollm2 --results benchmarks/results/harness`."
 SHOWN = ("accuracy", "nbert", "choice_accuracy", "ece", "brier", "label_nll", "label_entropy", "unparsable")
-COMPARED = ("accuracy", "ece", "brier", "label_nll", "label_entropy")
+COMPARED = ("accuracy",)  # the report has the others
 # Two-sided; with fewer than six splits sign flips cannot get below it, whatever the figures.
 LEVEL = 0.05
 FEWEST_SPLITS = 6
@@ -68,8 +68,8 @@ def _introduction(study: Study) -> str:
     splits = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"A real run, on {row['device'].split(',')[0]}: {row['model']}, query projections only, the official files of "
-        f"{' and '.join(study.datasets)}, {splits} of FEB's splits. It is a check of the harness and of the loss on a "
-        "small model, not of the paper: the model, the steps and the scorer of nBERT are others. Mean ± standard error:"
+        f"{' and '.join(study.datasets)}, {splits} of FEB's 60 splits. It is a check of the harness and of the loss on "
+        "a small model, not of the paper: the model, the steps and the scorer of nBERT are others. Mean ± standard error:"
     )
 
 
@@ -94,10 +94,13 @@ def _differences(study: Study) -> list[str]:
     resolved = [item for item in found if item[2].p < LEVEL]
     open_ = [item for item in found if item[2].p >= LEVEL]
     fewest = min((item[2].splits for item in found), default=0)
-    lines = [f"**Resolved** (paired over splits, sign flips, p < {LEVEL}): {_listed(resolved)}", ""]
-    lines.append(f"**Not resolved** (with the splits that the observed difference would take): {_listed(open_)}")
+    lines = [f"**Resolved in accuracy** (paired over splits, sign flips, p < {LEVEL}): {_listed(resolved)}", ""]
+    lines.append(f"**Not resolved** (points, and the splits that the observed difference would take): {_listed(open_)}")
     if fewest < FEWEST_SPLITS:
-        lines += ["", f"With {fewest} paired splits sign flips cannot resolve anything; it takes {FEWEST_SPLITS}."]
+        lines += [
+            "",
+            f"With {fewest} paired {'split' if fewest == 1 else 'splits'} sign flips cannot resolve anything; it takes {FEWEST_SPLITS}.",
+        ]
     return lines
 
 

@@ -195,8 +195,9 @@ def _difference_row(dataset: str, metric: str, found: Difference) -> tuple[str, 
 def _show(one: Cell | None) -> str:
     if one is None:
         return NOT_RUN
-    error = "" if one.error is None else f"SE {one.error:.2f}, "
-    return f"{one.mean:.2f} ± {one.std:.2f} ({error}{one.splits})"
+    if one.error is None:  # one split has no spread
+        return f"{one.mean:.2f} (1)"
+    return f"{one.mean:.2f} ± {one.std:.2f} (SE {one.error:.2f}, {one.splits})"
 
 
 def _short(one: Cell | None) -> str:
