@@ -68,8 +68,8 @@ def _introduction(study: Study) -> str:
     splits = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"A real run, on {row['device'].split(',')[0]}: {row['model']}, query projections only, the official files of "
-        f"{' and '.join(study.datasets)}, {splits} of FEB's 60 splits. It is a check of the harness and of the loss on "
-        "a small model, not of the paper: the model, the steps and the scorer of nBERT are others. Mean ± standard error:"
+        f"{' and '.join(study.datasets)}, {splits} of FEB's 60 splits. It checks the harness and the loss on "
+        "a small model, not the paper: the model, the steps and the scorer of nBERT are others. Mean ± standard error:"
     )
 
 
@@ -97,10 +97,8 @@ def _differences(study: Study) -> list[str]:
     lines = [f"**Resolved in accuracy** (paired over splits, sign flips, p < {LEVEL}): {_listed(resolved)}", ""]
     lines.append(f"**Not resolved** (points, and the splits that the observed difference would take): {_listed(open_)}")
     if fewest < FEWEST_SPLITS:
-        lines += [
-            "",
-            f"With {fewest} paired {'split' if fewest == 1 else 'splits'} sign flips cannot resolve anything; it takes {FEWEST_SPLITS}.",
-        ]
+        paired = f"{fewest} paired {'split' if fewest == 1 else 'splits'}"
+        lines += ["", f"With {paired} sign flips cannot resolve anything; it takes {FEWEST_SPLITS}."]
     return lines
 
 
