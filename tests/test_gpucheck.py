@@ -84,6 +84,21 @@ def test_spills_in_a_loop_are_told_apart():
         assert machine_code._spills(instructions, tuple(machine_code._loops(labels, instructions))) == expected
 
 
+def test_spills_of_a_loop_over_rows_count_once_a_row():
+    """Around two loops over columns; around one it is a loop over columns itself."""
+    turn = "{0}:\n        /*0000*/ LDG.E R4, [R2.64] ;\n        /*0010*/ @P0 BRA `({0}) ;\n"
+    spill, again = "        /*0020*/ LDL R0, [R1] ;\n", "        /*0030*/ @P1 BRA `(.L_x_0) ;\n"
+    one, other = turn.format(".L_x_1"), turn.format(".L_x_2")
+    for listing, looped in (
+        (one + spill + other, 0),
+        (one + spill, 1),
+        (one.replace("LDG", "FADD") + other + spill, 1),
+    ):
+        labels, instructions = machine_code._parse(".L_x_0:\n" + listing + again)
+        loops = tuple(machine_code._loops(labels, instructions))
+        assert machine_code._spills(instructions, loops) == (1, looped)
+
+
 def test_a_budget_that_is_exceeded_is_reported(monkeypatch):
     monkeypatch.setattr(aot.tiling, "instruction_budget", lambda *arguments: 10.0)
     monkeypatch.setattr(aot.tiling, "register_budget", lambda dtype: 16)

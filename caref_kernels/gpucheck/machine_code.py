@@ -43,7 +43,7 @@ class MachineCode(NamedTuple):
     registers: int
     stack: int
     spills: int  # instructions, wherever they are
-    looped_spills: int  # those inside a loop
+    looped_spills: int  # those inside a loop over columns or over a list
     loops: tuple[Loop, ...]
 
     def main_loops(self) -> tuple[Loop, ...]:
@@ -96,10 +96,20 @@ def _parse(listing: str) -> tuple[dict[str, int], list[str]]:
 
 
 def _spills(instructions: list[str], loops: tuple[Loop, ...]) -> tuple[int, int]:
-    """How many instructions spill, and how many of them do so in a loop."""
+    """How many instructions spill, and how many of them do so in a loop over columns or over a list.
+
+    A program that takes rows in turn has one around those, where a spill costs an instruction for a row.
+    """
+    loops = tuple(loop for loop in loops if not _is_of_rows(loop, loops))
     spills = [place for place, instruction in enumerate(instructions) if _name(instruction).startswith(_SPILLS)]
     looped = [place for place in spills if any(loop.first <= place <= loop.last for loop in loops)]
     return len(spills), len(looped)
+
+
+def _is_of_rows(loop: Loop, loops: tuple[Loop, ...]) -> bool:
+    """Whether two loops that load follow one another inside it."""
+    inner = [other for other in loops if loop.encloses(other) and other.count("LDG")]
+    return any(one.last < other.first for one in inner for other in inner)
 
 
 def _name(instruction: str) -> str:
