@@ -82,7 +82,7 @@ TRITON = [
         "a wrong merge of maxima",
         FORWARD,
         "numerics triton_kernels",
-        "triton and (N02 or N21 or N22 or shared or splits)",
+        "triton and (N02 or N21 or N22 or shared or splits or fold)",
         ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
         ("t-sums-not-shifted", "wide = row_math.shift_sums(wide, delta, PATH)", "wide = wide"),
         (

@@ -161,6 +161,17 @@ def test_splits_agree_with_one_program_triton(monkeypatch):
         check_identity(results[1].gradients[part], gradient, "float64", part)
 
 
+@needs_kernels
+def test_a_maximum_that_rises_after_a_fold_triton(monkeypatch):
+    """One warp to a row of several folds: what has been folded moves as well."""
+    device = H200._replace(multiprocessors=1, interpreted=triton_interpreter.ACTIVE)
+    monkeypatch.setattr(package, "_device", lambda _: device)
+    case = make_case("normal_1", 16, 9000, seed=5)
+    logits, labels = case.logits.to(DEVICE), case.labels.to(DEVICE)
+    logits[:, 5000], logits[:, 8500] = 7.0, 8.0  # a fold is 16 tiles of 256 columns
+    check_evaluation(evaluate(logits, labels, ("loss",), backend="triton"), oracle(logits, labels, ("loss",)))
+
+
 def test_reason_on_the_cpu():
     """Without its interpreter the backend refuses CPU tensors, and says what it takes."""
     program = """
