@@ -136,7 +136,6 @@ SPARSE = [
         ("t-rank-off-by-one", ".to(tl.int32)) >= rank:", ".to(tl.int32)) > rank:"),
         ("t-overflow-unnoticed", "(tl.max(used) <= SELECT.depth) & (listed >= k)", "listed >= k"),
         ("t-sample-believed", "(tl.max(used) <= SELECT.depth) & (listed >= k)", "tl.max(used) <= SELECT.depth"),
-        ("t-finite-columns-not-counted", "tl.where(low == lowest, tl.minimum(k, listed), k)", "k"),
         ("t-sign-of-keys-dropped", "return tl.where(bits < 0, -magnitude, magnitude)", "return magnitude"),
         ("t-tied-maxima-forgotten", "others = top_weight * (at_maximum - 1).to(tl.float64)", "others = top_weight * 0"),
         ("t-ties-not-summed", "density += tied * row_math", "density += 0 * tied * row_math"),
