@@ -62,7 +62,7 @@ bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and 
 	$(PY) -m benchmarks.measure_sparse $(ARGS) && $(PY) -m benchmarks.report
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
-mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (20 minutes)
+mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (45 minutes)
 	$(PY) tests/mutants.py $(ARGS)
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,6 @@
 """Tests of the tests: plant known mistakes in a copy of the tree, one at a time, and see whether the suite notices.
 
-    python tests/mutants.py               every mutant; about ten minutes on two cores
+    python tests/mutants.py               every mutant; about 45 minutes on two cores
     python tests/mutants.py --list        their names, files and tests
     python tests/mutants.py NAME...       these ones; a part of a name is enough
 
