@@ -11,7 +11,7 @@ import sys
 from caref_kernels.harness.plots import write_plots
 from caref_kernels.harness.report import Study
 from caref_kernels.harness.results import Results
-from caref_kernels.harness.summary import Difference, cell, values
+from caref_kernels.harness.summary import FEWEST_SPLITS, LEVEL, Difference, cell, values
 
 from .provenance import ROOT
 
@@ -21,9 +21,6 @@ BEGIN, END = "<!-- harness:begin -->", "<!-- harness:end -->"
 NOT_RUN = "The real run is not in this checkout yet: `caref-harness run smollm2 --results benchmarks/results/harness`."
 SHOWN = ("accuracy", "nbert", "choice_accuracy", "ece", "brier", "label_nll", "label_entropy", "unparsable")
 COMPARED = ("accuracy",)  # the report has the others
-# Two-sided; with fewer than six splits sign flips cannot get below it, whatever the figures.
-LEVEL = 0.05
-FEWEST_SPLITS = 6
 
 
 def main() -> None:

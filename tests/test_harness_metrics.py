@@ -16,7 +16,7 @@ from caref_kernels.harness import Example, paper
 from caref_kernels.harness.metrics import calibration, score_answers
 from caref_kernels.harness.report import Study
 from caref_kernels.harness.results import Reading
-from caref_kernels.harness.summary import cell, difference, pairs, sign_flip
+from caref_kernels.harness.summary import FEWEST_SPLITS, cell, difference, pairs, sign_flip
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"
 PAIR = Example("p", ("A", "B"), ("choice1", "choice2"), 1, "choice2", ("cars are big", "cars have wheels"), "dev")
@@ -171,7 +171,10 @@ def test_differences_are_paired_over_common_seeds() -> None:
     assert (found.splits, found.mean, found.p) == (2, 1.5, 0.5)
     assert found.error == pytest.approx(0.5)
     assert found.detectable == pytest.approx(math.sqrt(7.85 / 2) * math.sqrt(0.5))
-    assert found.needed == math.ceil(7.85 * 0.5 / 2.25)
+    assert math.ceil(7.85 * 0.5 / 2.25) == 2
+    assert found.needed == FEWEST_SPLITS  # two splits have no sign flips below 0.5
+    noisy = rows("CAREF-AQ", {1: 50.0, 2: 62.0}) + rows("CE-AQ", {1: 52.0, 2: 58.0})
+    assert difference(noisy, "esnli", ("CAREF-AQ", "CE-AQ"), "accuracy").needed == math.ceil(7.85 * 18)
     assert difference(both, "esnli", ("CAREF-AQ", "CE-AQ"), "nbert") is None
     assert difference(both, "comve", ("CAREF-AQ", "CE-AQ"), "accuracy") is None
 

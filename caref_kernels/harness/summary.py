@@ -21,6 +21,9 @@ EXTENSIONS = (
 # What a row's curve holds at every logged step.
 CURVE = ("loss", "ce", "sced", "kl", "entropy", "k_t")
 _EXACT_FLIPS, _RANDOM_FLIPS = 14, 10_000
+# Two-sided; fewer splits cannot reach the level by flipping signs, whatever the figures: 2 / 2^6 < 0.05.
+LEVEL = 0.05
+FEWEST_SPLITS = 6
 # (1.96 + 0.84)^2: five percent two-sided, eighty percent power.
 _POWER = 7.85
 
@@ -39,7 +42,8 @@ class Difference:
     """``first - second`` over the splits that both have.
 
     ``p`` is from flipping signs, two-sided: it cannot be below 2 / 2^splits.  ``detectable`` is the difference that
-    this many splits would find in 80 % of the cases, ``needed`` the splits that the observed one would take.
+    this many splits would find in 80 % of the cases, ``needed`` the splits that the observed one would take, which is
+    never fewer than sign flips can resolve.
     """
 
     first: str
@@ -91,7 +95,7 @@ def difference(rows: Sequence[dict[str, Any]], dataset: str, pair: tuple[str, st
         error=None if spread is None else spread / math.sqrt(len(deltas)),
         p=sign_flip(deltas),
         detectable=None if spread is None else math.sqrt(_POWER / len(deltas)) * spread,
-        needed=None if not spread or not mean else max(2, math.ceil(_POWER * (spread / mean) ** 2)),
+        needed=None if not spread or not mean else max(FEWEST_SPLITS, math.ceil(_POWER * (spread / mean) ** 2)),
     )
 
 
