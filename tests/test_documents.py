@@ -16,8 +16,8 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 TEXTS = {path.name: path.read_text() for path in DOCUMENTS if path.name != "CHANGELOG.md"}
-# Executed by .ci/run: test, which lints, and sanitize; both build first.
-IN_CI = {"test", "build", "lint", "sanitize", "nvcc-check"}
+# Executed by .ci/run: test lints, and all of them build first.
+IN_CI = {"test", "build", "lint", "launches-oldest", "sanitize", "nvcc-check"}
 # Minutes or a GPU: what they run is tested by the files that stand beside them.
 TESTED_IN = {
     "demo": "test_demo.py", "aot": "test_gpucheck.py", "gpucheck": "test_gpucheck_report.py",

@@ -174,7 +174,7 @@ def _source(variant: Variant):
         "PATH": path(variant), "TILE": tile, "SELECT": selection, "MOST_SPLITS": tiling.MOST_SPLITS,
         "dtype": language.float64 if element == "fp64" else language.float32,
     }  # fmt: skip
-    wide_integers = {"outer_stride": "i64", "inner_stride": "i64", "ignore_index": "i32"}
+    wide_integers = dict.fromkeys(("outer_stride", "inner_stride", *backward.STRIDES, "scale_bits"), "i64")
     kernel = {
         "row": forward.row_kernel, "partial": forward.partial_kernel, "second": forward.second_kernel,
         "finish": forward.finish_kernel, "gradient": backward.gradient_kernel,
@@ -184,10 +184,6 @@ def _source(variant: Variant):
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "strides":
-            signature[name] = ("i64",) * 6
-        elif name == "budget":
-            signature[name] = ("i64", "i32", "i32")
         else:
             signature[name] = pointers.get(name) or wide_integers.get(name, "i32")
     return kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants}, tile

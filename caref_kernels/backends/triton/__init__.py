@@ -79,7 +79,7 @@ class TritonBackend:
         strides = (*row.strides, *_row_strides(out), *grad_terms.stride())
         with _guard(logits):
             backward.gradient_kernel[(rows * plan.splits,)](
-                logits, out, row.targets, stats, grad_terms, row.columns, row.inner_rows, strides, spec.vocab_size,
+                logits, out, row.targets, stats, grad_terms, row.columns, row.inner_rows, *strides, spec.vocab_size,
                 spec.ignore_index, plan.splits, row.path, plan.tile, **_options(plan.tile),
             )  # fmt: skip
 
@@ -140,7 +140,7 @@ def _launch_selection(row: _Rows, terms: Tensor, stats: Tensor, spec: RowSpec) -
     lists = torch.empty((programs, sizes.slots * sizes.room), dtype=row.logits.dtype, device=row.logits.device)
     select.mask_kernel[(programs,)](
         row.logits, row.targets, terms, stats, lists, count, row.columns, row.inner_rows, *row.strides, row.vocab_size,
-        row.ignore_index, (_bits(spec.k_scale), spec.k_min, spec.k_max), row.path, tile, sizes, **_options(tile),
+        row.ignore_index, _bits(spec.k_scale), spec.k_min, spec.k_max, row.path, tile, sizes, **_options(tile),
     )  # fmt: skip
 
 

@@ -12,7 +12,9 @@ import triton.language as tl
 
 from . import row_math, rows
 
-INTEGERS = ["columns", "inner_rows", "strides", "vocab_size", "ignore_index", "splits"]
+# Every one an argument of its own: Triton specializes the members of a tuple, whatever it is told.
+STRIDES = ["logits_outer", "logits_inner", "out_outer", "out_inner", "grad_row", "grad_term"]
+INTEGERS = ["columns", "inner_rows", *STRIDES, "vocab_size", "ignore_index", "splits"]
 # Columns of the statistics, twins of objective.STATISTICS, and of the terms.
 MAXIMUM = tl.constexpr(0)
 ARGMAX = tl.constexpr(1)
@@ -211,15 +213,11 @@ def write_gradient(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
-    logits, out, targets, stats, grad_terms, columns, inner_rows, strides, vocab_size, ignore_index, splits,
-    PATH: tl.constexpr, TILE: tl.constexpr,
+    logits, out, targets, stats, grad_terms, columns, inner_rows, logits_outer, logits_inner, out_outer, out_inner,
+    grad_row, grad_term, vocab_size, ignore_index, splits, PATH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program for each split of each row.
-
-    ``strides`` are those of the rows of the logits and of the gradient, (outer, inner) each, and of ``grad_terms``.
-    """
+    """A program for each split of each row."""
     dtype: tl.constexpr = stats.dtype.element_ty
-    logits_outer, logits_inner, out_outer, out_inner, grad_row, grad_term = strides
     row, split = rows.row_of_program(splits)
     counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
     base = logits + rows.row_start(row, inner_rows, logits_outer, logits_inner, TILE)

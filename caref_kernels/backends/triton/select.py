@@ -15,7 +15,10 @@ import triton.language as tl
 from . import forward, row_math, rows
 from .backward import MAXIMUM, MEAN_SHIFT, RESIDUAL, SCED, SLOPE_SUM, SUPPORT, THRESHOLD, TIE_WEIGHT, statistic
 
-INTEGERS = ["count", "columns", "inner_rows", "outer_stride", "inner_stride", "vocab_size", "ignore_index", "budget"]
+INTEGERS = [
+    *("count", "columns", "inner_rows", "outer_stride", "inner_stride", "vocab_size", "ignore_index"),
+    *("scale_bits", "k_min", "k_max"),
+]
 # The ranks between which the sample puts the threshold are this many standard deviations, and as many places, off the
 # expected rank.
 MARGIN = tl.constexpr(4.0)
@@ -276,17 +279,19 @@ def mask_row(
 ):  # fmt: skip
     """Select and sum one row that has a softmax."""
     dtype: tl.constexpr = stats.dtype.element_ty
-    scale_bits, k_min, k_max = budget
+    THREADS: tl.constexpr = TILE.threads
+    LANES: tl.constexpr = TILE.lanes
+    k_scale, k_min, k_max = budget
     maximum = tl.load(stats + row * PATH.statistics + MAXIMUM)
     residual = statistic(stats, row, RESIDUAL, PATH)
     entropy = row_math.log1p(residual) - statistic(stats, row, MEAN_SHIFT, PATH)
-    k = row_math.row_support(entropy, scale_bits.to(tl.int64).to(tl.float64, bitcast=True), k_min, k_max)
+    k = row_math.row_support(entropy, k_scale, k_min, k_max)
     d, c = forward.row_constants(residual, vocab_size, dtype)
     constants = (maximum, (1.0 / d).to(dtype), c.to(dtype))
     highest = key_of(maximum, SELECT)
     lowest = highest * 0 - (SELECT.infinity - 1)
     low, high, listable = bracket(base, columns, k, highest, dtype, SELECT)
-    used = tl.zeros([TILE.threads, TILE.lanes], tl.int32)
+    used = tl.zeros([THREADS, LANES], tl.int32)
     complete = columns < 0
     if listable:
         used = list_columns(base, columns, lists, value_of(low, dtype, SELECT), dtype, TILE, SELECT)
@@ -311,12 +316,13 @@ def mask_row(
 @triton.jit(do_not_specialize=INTEGERS)
 def mask_kernel(
     logits, targets, terms, stats, lists, count, columns, inner_rows, outer_stride, inner_stride, vocab_size,
-    ignore_index, budget, PATH: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr,
+    ignore_index, scale_bits, k_min, k_max, PATH: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
     """Programs that take rows in turn, after the forward without SCED has left their statistics.
 
-    ``budget`` is (k_scale, k_min, k_max), the first as the bits of a float64, because a float would arrive as float32.
+    ``scale_bits`` are those of k_scale as a float64, because a float would arrive as float32.
     """
+    budget = (scale_bits.to(tl.int64).to(tl.float64, bitcast=True), k_min, k_max)
     mine = lists + tl.program_id(0).to(tl.int64) * (SELECT.slots * SELECT.room)
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.program_id(0).to(tl.int64) * 0 + index  # int64 before any product
