@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 
+import cuda_emulated
 import pytest
 import torch
 
 from caref_kernels import backends
-from caref_kernels.gpucheck import large_checks, planted, run_checks, shape_checks, subject, value_checks
+from caref_kernels.gpucheck import large_checks, planted, run_checks, sanitizer, shape_checks, subject, value_checks
 from caref_kernels.gpucheck.fence import GUARD_BYTES, Fence
 from caref_kernels.gpucheck.report import judge
 from caref_kernels.gpucheck.subject import Check, Subject, Unsupported
@@ -173,3 +174,12 @@ def test_an_error_inside_is_not_hidden_by_the_fence():
     with pytest.raises(KeyError, match="inside"), Fence().watch():
         raise KeyError("inside")
     assert torch.empty is original
+
+
+@pytest.mark.skipif(cuda_emulated.compiler() is None, reason="no C++ compiler")
+def test_what_the_sanitizer_watches_runs():
+    """On the emulated device, which like a GPU makes a NaN of a label that is no column; every fifth call."""
+    device = Subject(cuda_emulated.NAME, "cpu", scale=0.2)
+    sanitizer.drive(device)
+    with pytest.raises(AssertionError, match="were overwritten"):
+        sanitizer.drive(device.with_bug("StrayWrite"))

@@ -15,6 +15,8 @@ from .subject import Subject, Unsupported, fenced_evaluation
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERRORS = 99
+# Of float32, more than the shared memory of any multiprocessor.
+_WIDEST = 66_001
 # One thread writes an element past the end of an allocation.
 _PLANTED = """
 __global__ void beyond(int* memory) { memory[64 + threadIdx.x] = 1; }
@@ -87,14 +89,21 @@ def _require_working(program: str) -> None:
 
 
 def drive(subject: Subject) -> None:
-    """All code paths on small rows: tails, one pass and two, shared rows, labels that are no column."""
+    """All code paths on small rows: tails, one pass and two, masks, shared rows, labels that are no column.
+
+    The widest row is one whose mask the CUDA kernels select without the row in shared memory.
+    """
     import torch
 
-    for columns in (33, 1025, 4097):
+    from .. import EntropyTopK, TopK
+
+    masks = ({"sparsity": EntropyTopK()}, {"sparsity": TopK(5)})
+    options = ({}, {"alpha": 1.5, "beta": 0.5}, *masks)
+    calls = [(rows, columns, one) for columns in (33, 1025, 4097) for rows in (3, 200) for one in options]
+    calls += [(3, _WIDEST, one) for one in masks]
+    for rows, columns, one in calls[:: max(1, round(1 / subject.scale))]:
         for dtype in (torch.float32, torch.bfloat16):
-            for alpha, beta in ((2.0, 1.0), (1.5, 0.5)):
-                for rows in (3, 200):
-                    logits, labels = subject.case("normal_1", rows, columns, dtype)
-                    labels[1] = columns
-                    fenced_evaluation(subject, logits, labels, ("loss",), alpha=alpha, beta=beta)
+            logits, labels = subject.case("normal_1", rows, columns, dtype)
+            labels[1] = columns
+            fenced_evaluation(subject, logits, labels, ("loss",), **one)
     subject.wait()
