@@ -181,10 +181,21 @@ def _patterns(name, columns):
         # What a sample at even distances sees is nothing like the row.
         "periodic": lambda: torch.where(index % 16 < 8, random, -20.0 + random),
         "clump": lambda: torch.where(index < columns // 50, random, -20 + 0.01 * random),
+        "sampled_is_large": lambda: torch.where(_is_sampled(index), random, -20 + random),
+        "sampled_is_small": lambda: torch.where(_is_sampled(index), -20 + random, random),
     }[name]()
 
 
-PATTERNS = ("one_and_on", "small_and_on", "ascending", "both_zeros", "subnormal", "all_exponents", "periodic", "clump")
+def _is_sampled(index):
+    """Near one of 128 places at even distances, where every backend looks for a row's bracket."""
+    distance = index.double() * 128 / len(index) % 1 * len(index) / 128
+    return torch.minimum(distance, len(index) / 128 - distance) < 24
+
+
+PATTERNS = (
+    *("one_and_on", "small_and_on", "ascending", "both_zeros", "subnormal", "all_exponents"),
+    *("periodic", "clump", "sampled_is_large", "sampled_is_small"),
+)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
