@@ -76,6 +76,7 @@ def test_every_kernel_compiles_as_it_is_called(launches, rows, columns, dtype, o
         splits = launch.arguments.get("splits", 1) if launch.kernel != "finish_kernel" else 1
         programs = launch.arguments["count"] if launch.kernel == "mask_kernel" else rows * splits
         assert launch.grid == (programs, 1, 1)
+        assert launch.most_registers == (tiling.SELECTION_REGISTERS if launch.kernel == "mask_kernel" else None)
 
 
 @pytest.mark.parametrize("targets", ["labels", "mask", "none"])

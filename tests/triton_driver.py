@@ -21,6 +21,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     signature: dict[str, str]
     arguments: dict[str, Any]
+    most_registers: int | None  # of a thread, if the launch says so
 
 
 class RecordingDriver:
@@ -54,7 +55,8 @@ class RecordingDriver:
 
         def launch(x, y, z, *others):
             arguments = dict(zip(names, others[_BEFORE_ARGUMENTS:], strict=True))
-            self._launches.append(Launch(source.fn.fn.__name__, (x, y, z), dict(source.signature), arguments))
+            name, most = source.fn.fn.__name__, metadata.maxnreg
+            self._launches.append(Launch(name, (x, y, z), dict(source.signature), arguments, most))
 
         return launch
 
