@@ -101,7 +101,7 @@ def test_spills_of_a_loop_over_rows_count_once_a_row():
 
 def test_a_budget_that_is_exceeded_is_reported(monkeypatch):
     monkeypatch.setattr(aot.tiling, "instruction_budget", lambda *arguments: 10.0)
-    monkeypatch.setattr(aot.tiling, "register_budget", lambda dtype: 16)
+    monkeypatch.setattr(aot.tiling, "register_budget", lambda dtype, path: 16)
     failures = "; ".join(aot.check(DEFAULT).failures)
     assert "instructions per column, budget 10" in failures
     assert "registers, budget 16" in failures

@@ -94,9 +94,12 @@ def check(variant: Variant) -> Result:
     code = machine_code.read(compile_variant(variant), tools)
     failures = []
     most_stack = tiling.stack_budget(variant.kernel, path(variant), variant.wide, variant.dtype)
-    if code.looped_spills or code.stack > most_stack:
-        failures.append(f"{code.looped_spills} spills in loops, {code.stack} bytes of stack, budget {most_stack}")
-    most = tiling.register_budget(variant.dtype)
+    most_spills = tiling.spill_budget(path(variant))
+    if code.looped_spills > most_spills or code.stack > most_stack:
+        failures.append(
+            f"{code.looped_spills} spills in loops, {code.stack} bytes of stack, budget {most_spills} and {most_stack}"
+        )
+    most = tiling.register_budget(variant.dtype, path(variant))
     if code.registers > most:
         failures.append(f"{code.registers} registers, budget {most}")
     if variant.kernel == "finish":  # no loop over columns

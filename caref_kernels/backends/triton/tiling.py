@@ -223,7 +223,7 @@ def path(alpha: float, beta: float, with_sced: bool, targets: str, masked: bool 
 # in 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers are
 # those of the worst of sm_80, sm_90 and sm_100 (triton 3.6 and 3.9), and up to one more.
 _BUDGET = {
-    "row": {(2, 0): 14.5, (2, 1): 19.5, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 28.5, (4, 2): 40.0, "none": 10.5},
+    "row": {(2, 0): 14.5, (2, 1): 20.0, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 30.0, (4, 2): 40.0, "none": 10.5},
     "gradient": {(2, 0): 15.5, (2, 1): 17.5, (2, 2): 19.5, (4, 0): 17.5, (4, 1): 19.5, (4, 2): 21.5, "none": 11.5},
 }
 # A row that several warps share costs two barriers per tile.
@@ -233,7 +233,7 @@ _WHOLE_BUDGET = {"row": 42.0, "partial": 12.0, "second": 34.0, "gradient": 38.0}
 _REAL_BUDGET = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 118.0}
 # Columns that are loaded one by one: an instruction each, and one to put them into the order of wide loads; in the
 # backward an address each as well.
-_NARROW = {"row": 5.5, "partial": 5.0, "second": 5.0, "gradient": 11.0}
+_NARROW = {"row": 6.5, "partial": 5.0, "second": 5.0, "gradient": 11.0}
 # The list takes a store and its address for every column.
 _SELECTION = {"list": 10.0, "count": 6.0}
 _SELECTION_NARROW = 8.0
@@ -241,15 +241,17 @@ _SELECTION_NARROW = 8.0
 _ONE_LOAD = 3.5
 # float16 is converted there and back.
 _FLOAT16_LIST = 4.5
-# The gradient of a masked row: two comparisons, two selects and a product.
-_MASKED_MORE = 4.5
+# The gradient of a masked row: two comparisons, two selects and a product, of whose columns some are moved.
+_MASKED_MORE = 6.5
 # float64: per loop about 40 instructions for the exponential, elsewhere moves of register pairs.
 _FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
 # At 168 a multiprocessor holds 12 warps, the fewest that hide the latency of memory; float64 is not held to that.
 _REGISTERS = 168
 _FLOAT64_REGISTERS = 216
+# 11 warps: real powers are arithmetic more than memory.
+_REAL_REGISTERS = 184
 # The assembler keeps a few constants of a program on the stack, stored before its loops and loaded after them, where it
-# prefers one more program per multiprocessor to their registers.  Never in a loop, and not on the default path.
+# prefers one more program per multiprocessor to their registers.  Not in a loop, and not on the default path.
 _STACK_BYTES = 24
 # The selection has several phases, and keeps there what one of them does not use.
 _SELECTION_STACK_BYTES = 128
@@ -259,8 +261,7 @@ def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float
     """Machine instructions per column, over all main loops of ``kernel``."""
     loops = 2 if kernel == "row" and path.second_pass else 1
     if path.second_pass:
-        whole = path.alpha == int(path.alpha) and path.beta == int(path.beta)
-        budget = (_WHOLE_BUDGET if whole else _REAL_BUDGET)[kernel]
+        budget = (_REAL_BUDGET if _has_real_powers(path) else _WHOLE_BUDGET)[kernel]
     else:
         exponents = (path.alpha, path.beta) if path.even else "none"
         budget = _BUDGET["row"][exponents] + _PARTIAL_MORE if kernel == "partial" else _BUDGET[kernel][exponents]
@@ -281,6 +282,11 @@ def selection_budget(sweep: str, dtype: str, even: bool, wide: bool) -> float:
     return budget * _FLOAT64_FACTOR if dtype == "float64" else budget
 
 
+def spill_budget(path: Path) -> int:
+    """Instructions in loops that read or write the stack: one, where real powers make a turn thousands of them long."""
+    return int(_has_real_powers(path))
+
+
 def stack_budget(kernel: str, path: Path, wide: bool, dtype: str) -> int:
     """Bytes of stack per thread, none of them used in a loop."""
     if kernel == "mask":
@@ -289,6 +295,12 @@ def stack_budget(kernel: str, path: Path, wide: bool, dtype: str) -> int:
     return 0 if default and dtype != "float64" else _STACK_BYTES
 
 
-def register_budget(dtype: str) -> int:
+def register_budget(dtype: str, path: Path) -> int:
     """Registers per thread."""
-    return _FLOAT64_REGISTERS if dtype == "float64" else _REGISTERS
+    if dtype == "float64":
+        return _FLOAT64_REGISTERS
+    return _REAL_REGISTERS if _has_real_powers(path) else _REGISTERS
+
+
+def _has_real_powers(path: Path) -> bool:
+    return path.second_pass and (path.alpha != int(path.alpha) or path.beta != int(path.beta))
