@@ -209,7 +209,7 @@ def _rounded(value: float) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=[], metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--seconds", type=float, default=3.0, help="measured time per case and regime")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measured time per case and regime")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch and of the kernels"
     )

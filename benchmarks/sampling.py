@@ -19,7 +19,7 @@ from .providers import Provider
 WARM_UP = 2
 # A fast contestant is repeated more often within a round, so that its median settles while the slow ones run.
 MOST_PER_ROUND = 8
-LEAST_ROUNDS = 4
+LEAST_ROUNDS = 3
 PHASES = ("forward", "backward", "both")
 PERCENTILES = (20, 50, 80)
 
