@@ -53,12 +53,13 @@ def test_keys_triton(dtype):
 def test_plans_triton(itemsize, even, rows):
     """The lists of all programs take no more than 70 MB, and a list has room for one tile more."""
     storage = tiling.Storage(itemsize, True, itemsize == 2)
-    tile, sizes, programs = tiling.selection_plan(rows, even, storage, H200)
+    tile, sizes, programs, registers = tiling.selection_plan(rows, even, storage, H200)
     assert sizes.slots == tile.threads * tile.lanes
     assert sizes.room == sizes.depth + tile.columns // sizes.slots
     assert sizes.depth & (sizes.depth - 1) == 0
     assert 1 <= programs <= rows
     assert programs * sizes.slots * sizes.room * itemsize <= 70e6
+    assert registers is None or registers * tile.threads * tiling.SELECTION_PROGRAMS <= 65_536
 
 
 @pytest.fixture

@@ -79,8 +79,8 @@ def compile_variant(variant: Variant) -> bytes:
     attributes = {(index,): aligned for index, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     target = GPUTarget("cuda", variant.architecture, 32)
     options = {**COMPILER_OPTIONS, "num_warps": 1 if variant.kernel == "finish" else tile.warps}
-    if variant.kernel == "mask" and variant.dtype != "float64":
-        options["maxnreg"] = tiling.SELECTION_REGISTERS
+    if variant.kernel == "mask":
+        options["maxnreg"] = plan(variant).registers
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).asm[
         "cubin"
     ]

@@ -136,10 +136,10 @@ def _launch_selection(row: _Rows, terms: Tensor, stats: Tensor, spec: RowSpec) -
 
     count = terms.size(0)
     plan = tiling.selection_plan(count, row.path.even, _storage(row.logits), _device(row.logits.device))
-    tile, sizes, programs = plan
+    tile, sizes, programs, registers = plan
     options = _options(tile)
-    if row.logits.dtype != torch.float64 and torch.version.hip is None:
-        options["maxnreg"] = tiling.SELECTION_REGISTERS
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     lists = torch.empty((programs, sizes.slots * sizes.room), dtype=row.logits.dtype, device=row.logits.device)
     select.mask_kernel[(programs,)](
         row.logits, row.targets, terms, stats, lists, count, row.columns, row.inner_rows, *row.strides, row.vocab_size,

@@ -146,11 +146,12 @@ class Selection(NamedTuple):
 
 
 class SelectionPlan(NamedTuple):
-    """A tile, the sizes of the search, and the number of programs, which take rows in turn."""
+    """A tile, the sizes of the search, the number of programs, which take rows in turn, and the registers they get."""
 
     tile: Tile
     selection: Selection
     programs: int
+    registers: int | None  # of a thread at most; None leaves it to the compiler
 
 
 def selection_plan(rows: int, even: bool, storage: Storage, device: Device) -> SelectionPlan:
@@ -165,7 +166,8 @@ def selection_plan(rows: int, even: bool, storage: Storage, device: Device) -> S
     sizes = Selection(
         tile.threads * tile.lanes, depth, room, SUMMED_PLACES, listed, SAMPLE_CHUNKS, SAMPLE_CHUNK, shift, infinity
     )
-    return SelectionPlan(tile, sizes, min(rows, SELECTION_PROGRAMS * device.multiprocessors))
+    registers = None if storage.itemsize == 8 else SELECTION_REGISTERS
+    return SelectionPlan(tile, sizes, min(rows, SELECTION_PROGRAMS * device.multiprocessors), registers)
 
 
 def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
