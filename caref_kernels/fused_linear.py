@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import backends
 from .autograd import LinearCarefFunction, LinearPlan
+from .checks import check_floating, check_labels, describe
 from .config import CarefConfig, Reduction
-from .functional import CarefOutput, check_floating, check_labels, describe, divisor_of, name_results
+from .functional import CarefOutput, divisor_of, name_results
 from .objective import MAX_COLUMNS
 from .sparsity import Sparsity
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import backends
 from .autograd import LinearCarefFunction, LinearPlan, ShardFunction, ShardPlan
+from .checks import check_inplace, check_labels, check_logits
 from .config import CarefConfig, Reduction
-from .functional import CarefOutput, check_inplace, check_labels, check_logits, divisor_of, name_results
+from .functional import CarefOutput, divisor_of, name_results
 from .fused_linear import check_chunk_rows, check_head, needed_gradients
 from .objective import MAX_COLUMNS
 from .shards import GroupExchange, ShardRows

@@ -1,0 +1,93 @@
+"""Whether tensors are what the kernels take: every check of a tensor argument and the text of every error about one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, objective
+
+_TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A dense, plain floating-point tensor outside torch.func, or a TypeError (NotImplementedError) that says why."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense torch.Tensor; got {describe(tensor)}")
+    if not torch.compiler.is_compiling():
+        if type(tensor).__name__ not in _TENSOR_TYPES:
+            raise TypeError(
+                f"{name}: expected a plain torch.Tensor; got the subclass {type(tensor).__name__} "
+                f"(convert it first, for a DTensor with full_tensor())"
+            )
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "caref_kernels does not support torch.func transforms (grad, vmap, jvp, ...); use torch.autograd.grad, "
+                "or differentiate caref_kernels.objective, which is plain PyTorch"
+            )
+    if tensor.dtype not in backends.LOGITS_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in backends.LOGITS_DTYPES)
+        raise TypeError(f"{name}: dtype must be one of {accepted}; got {tensor.dtype}")
+
+
+def check_logits(name: str, logits: Tensor, least_columns: int = 1) -> None:
+    """Logits (..., V) of a dtype and size that the kernels take, or an error that says why not."""
+    check_floating(name, logits)
+    if logits.dim() < 2 or not least_columns <= logits.size(-1) <= objective.MAX_COLUMNS:
+        raise ValueError(
+            f"{name}: expected shape (..., V) with at least one leading dimension and V in "
+            f"[{least_columns}, {objective.MAX_COLUMNS}]; got {tuple(logits.shape)}"
+        )
+
+
+def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
+    """The labels as (N,), contiguous; ``of`` names the tensor that they label."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor; got {describe(labels)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels: target must hold class indices (int32 or int64); got {labels.dtype}")
+    _check_row_shape("labels", labels, logits, of)
+    return labels.reshape(-1).contiguous()
+
+
+def check_valid(valid: Tensor, logits: Tensor) -> Tensor:
+    """The mask of the rows that count as (N,) bool, contiguous."""
+    if not isinstance(valid, Tensor):
+        raise TypeError(f"valid: expected a torch.Tensor; got {describe(valid)}")
+    if valid.dtype.is_floating_point or valid.dtype.is_complex:
+        raise TypeError(f"valid: expected a bool or integer mask; got {valid.dtype}")
+    _check_row_shape("valid", valid, logits)
+    return (valid != 0).reshape(-1).contiguous()
+
+
+def _check_row_shape(name: str, rows: Tensor, logits: Tensor, of: str = "logits") -> None:
+    if rows.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(logits.shape[:-1])} for {of} of shape {tuple(logits.shape)}; "
+            f"got {tuple(rows.shape)}"
+        )
+    if rows.device != logits.device:
+        raise ValueError(f"{name}: on {rows.device}, but {of} are on {logits.device}")
+
+
+def check_inplace(logits: Tensor, rows: Tensor) -> None:
+    """Raise unless the gradient may be written where the ``logits`` lie, whose view as rows is ``rows``."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
+    if rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"inplace_backward=True needs logits whose rows can be written where they lie (last stride 1, leading "
+            f"dimensions that collapse); got shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+        raise ValueError(f"inplace_backward=True cannot write expanded logits; got strides {logits.stride()}")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace_backward=True would overwrite a leaf that requires grad; pass an intermediate result")
+
+
+def describe(value: object) -> str:
+    """What a message says about a value."""
+    if isinstance(value, Tensor):
+        shape = "(nested)" if value.is_nested else tuple(value.shape)
+        return f"a {value.layout} tensor of shape {shape}, {value.dtype}"
+    return f"{value!r:.80} of type {type(value).__name__}"
