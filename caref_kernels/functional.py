@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, objective
 from .autograd import CarefFunction, Plan
+from .backends.reference import labelled
 from .checks import check_inplace, check_labels, check_logits, check_valid, describe
 from .config import CarefConfig, Reduction
 from .sparsity import Sparsity
@@ -207,7 +208,7 @@ def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefC
     dtype = objective.accumulation_dtype(logits.dtype)
     if targets is None:
         return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
-    counts = targets if targets.dtype == torch.bool else targets != config.ignore_index
+    counts = targets if targets.dtype == torch.bool else labelled(targets, config.ignore_index)
     return counts.sum().to(dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.reference import check_labels
+from .backends.reference import check_labels, labelled
 from .config import RowSpec
 from .objective import NUM_TERMS, accumulation_dtype, statistics_of
 
@@ -174,7 +174,7 @@ def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
     """
     if targets is None or (targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
-    kept = (targets != spec.ignore_index).nonzero().squeeze(1)
+    kept = labelled(targets, spec.ignore_index).nonzero().squeeze(1)
     return None if kept.numel() == targets.numel() else kept
 
 

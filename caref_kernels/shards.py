@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, objective
-from .backends.reference import check_labels
+from .backends.reference import check_labels, labelled
 from .config import RowSpec
 from .objective import accumulation_dtype
 from .partial_rows import (
@@ -115,7 +115,7 @@ class ShardRows(NamedTuple):
         else:
             rest = slope_sum = torch.zeros_like(row.residual)
         terms, stats = row.finish(rest, slope_sum, argmax, sums[:, LABEL], mask, self.spec)
-        out_of_range = (targets != self.spec.ignore_index) & ((targets < 0) | (targets >= self.total))
+        out_of_range = labelled(targets, self.spec.ignore_index) & ((targets < 0) | (targets >= self.total))
         terms = torch.where(out_of_range[:, None], torch.nan, terms)  # on a device; the CPU has raised
         counts = (labels != IGNORED)[:, None]
         return torch.where(counts | out_of_range[:, None], terms, 0.0), torch.where(counts, stats, 0.0)
@@ -145,7 +145,7 @@ class ShardRows(NamedTuple):
             check_labels(targets, self.total, self.spec.ignore_index)
         label = targets.long() - self.first_column
         label = torch.where((label >= 0) & (label < logits.size(1)), label, ELSEWHERE)
-        is_left_out = (targets == self.spec.ignore_index) | (targets < 0) | (targets >= self.total)
+        is_left_out = ~labelled(targets, self.spec.ignore_index) | (targets < 0) | (targets >= self.total)
         return torch.where(is_left_out, IGNORED, label)
 
     def _mask(self, logits: Tensor, labels: Tensor, row: Row) -> Mask:

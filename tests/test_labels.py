@@ -12,7 +12,7 @@ from cuda_device import device_of
 from cuda_emulated import PREAMBLE
 from torch.nn import functional
 
-from caref_kernels import caref_loss, fused_sced
+from caref_kernels import caref_loss, fused_sced, linear_caref_loss
 from caref_kernels.testing import (
     check_evaluation,
     check_gradient,
@@ -299,6 +299,31 @@ def test_label_dtypes_L11(backend):
         assert torch.equal(term, getattr(wide.terms, name)), name
     for part, gradient in narrow.gradients.items():
         assert torch.equal(gradient, wide.gradients[part]), part
+
+
+@pytest.mark.parametrize("ignore_index", [2**32 + 3, -(2**32), 2**40, -(2**31) - 1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index, reduction):
+    """No label equals it, also where its lowest 32 bits are those of a label."""
+    case = make_case("lm_like", 4, 40, seed=8)
+    labels = torch.tensor([3, 0, 5, 3])
+    options = {"ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    weight = make_case("normal_1", 40, 6, seed=9).logits
+    hidden = make_case("normal_1", 4, 6, seed=10).logits
+    for loss, leaf in (
+        (lambda leaf, labels: caref_loss(leaf, labels, **options), case.logits),
+        (lambda leaf, labels: linear_caref_loss(leaf, weight, labels, **options), hidden),
+    ):
+        results = []
+        for kind in (labels, labels.int()):
+            leaf = leaf.detach().clone().requires_grad_()
+            value = loss(leaf, kind)
+            results.append((value.detach(), torch.autograd.grad(value.sum(), leaf)[0]))
+        for wide, narrow in zip(*results, strict=True):
+            assert torch.equal(wide, narrow)
+    rows = oracle(case.logits, labels, ()).terms.loss
+    narrow = caref_loss(case.logits, labels.int(), **options)
+    check_identity(narrow, rows if reduction == "none" else rows.mean(), "float32_terms")
 
 
 def test_shapes_L14(backend):

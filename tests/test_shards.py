@@ -116,6 +116,19 @@ def test_ignored_rows_L09_L10(backend, ignore_index):
     check_gradient(gradient[counts], expected.gradients["loss"])
 
 
+@pytest.mark.parametrize("ignore_index", [2**32 + 3, -(2**32), 2**40])
+def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index):
+    case = make_case("lm_like", 4, 60, seed=10)
+    labels = torch.tensor([3, 0, 59, 23])
+    wide, narrow = (
+        evaluate_split(case.logits, kind, [20, 40], backend, [PARTS["loss"]], ignore_index=ignore_index)
+        for kind in (labels, labels.int())
+    )
+    assert torch.equal(wide[0], narrow[0])
+    assert torch.equal(wide[1][0], narrow[1][0])
+    check_term("ce", narrow[0][:, 0], oracle(case.logits, labels, ()).terms.ce)
+
+
 @pytest.mark.parametrize("label", [60, -1, 2**40])
 def test_label_out_of_range_L01_V05(backend, label):
     """Refused before anything is exchanged: no rank waits for another."""

@@ -48,7 +48,7 @@ def _prepare(
     if targets.dtype == torch.bool:
         labels, counts = None, targets[:, None]
     else:
-        counts = (targets != spec.ignore_index)[:, None]
+        counts = labelled(targets, spec.ignore_index)[:, None]
         inside = (targets >= 0) & (targets < values.size(-1))
         if targets.device.type == "cpu":
             check_labels(targets, values.size(-1), spec.ignore_index)
@@ -67,9 +67,14 @@ def _finish(values: Tensor, counts: Tensor | None) -> Tensor:
     return values if counts is None else torch.where(counts, values, 0.0)
 
 
+def labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are not ``ignore_index``, which torch would wrap to the 32 bits of labels that are int32."""
+    return labels.long() != ignore_index
+
+
 def check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
     """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``."""
-    wrong = ((labels < 0) | (labels >= columns)) & (labels != ignore_index)
+    wrong = ((labels < 0) | (labels >= columns)) & labelled(labels, ignore_index)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise IndexError(
