@@ -74,15 +74,34 @@ def check_inplace(logits: Tensor, rows: Tensor) -> None:
     """Raise unless the gradient may be written where the ``logits`` lie, whose view as rows is ``rows``."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
+    if logits.is_neg():
+        raise ValueError(
+            "inplace_backward=True cannot write a view that negates its memory (its negative bit is set, as that of "
+            "conj().imag is); pass logits.resolve_neg()"
+        )
     if rows.data_ptr() != logits.data_ptr():
         raise ValueError(
             f"inplace_backward=True needs logits whose rows can be written where they lie (last stride 1, leading "
             f"dimensions that collapse); got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
-        raise ValueError(f"inplace_backward=True cannot write expanded logits; got strides {logits.stride()}")
+    if _may_overlap(rows):
+        raise ValueError(
+            f"inplace_backward=True needs logits whose elements share no memory (not expanded, no unfold or as_strided "
+            f"with rows that overlap); got shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace_backward=True would overwrite a leaf that requires grad; pass an intermediate result")
+
+
+def _may_overlap(rows: Tensor) -> bool:
+    """Whether two elements may lie in one place: from the shortest stride on, each must pass what the others reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def describe(value: object) -> str:

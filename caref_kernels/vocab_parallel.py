@@ -187,7 +187,8 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
     check_logits("local_logits", local_logits, least_columns=0)
     labels = check_labels(labels, local_logits, "local_logits")
     shard = _shard(group, local_logits.size(-1), local_logits.device)
-    logits = local_logits.reshape(math.prod(local_logits.shape[:-1]), local_logits.size(-1))
+    # The sums see through a negative bit, the kernels of the gradient would not.
+    logits = local_logits.resolve_neg().reshape(math.prod(local_logits.shape[:-1]), local_logits.size(-1))
     if config.inplace_backward:
         check_inplace(local_logits, logits)
     plan = ShardPlan(

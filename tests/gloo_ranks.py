@@ -99,7 +99,11 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
     leaf = logits[:, columns].clone().requires_grad_()
     passing = leaf * 1
     vocab_parallel_caref_loss(passing, labels, shard, reduction="sum", inplace_backward=True).backward()
-    check_part(leaf.grad, oracle(logits, labels, ("loss",)).gradients["loss"], columns, "in place")
+    expected = oracle(logits, labels, ("loss",)).gradients["loss"]
+    check_part(leaf.grad, expected, columns, "in place")
+    negated = logits[:, columns].neg().requires_grad_()
+    vocab_parallel_caref_loss(torch._neg_view(negated), labels, shard, reduction="sum").backward()
+    check_part(-negated.grad, expected, columns, "negative bit")
 
 
 def check_part(gradient, whole, columns: slice, label: str) -> None:
