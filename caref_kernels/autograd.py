@@ -35,7 +35,7 @@ class CarefFunction(torch.autograd.Function):
         terms, stats = ops.forward(logits, targets, *plan.spec, plan.backend)
         loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
         ctx.save_for_backward(logits, targets, divisor, stats)
-        ctx.plan = plan
+        ctx.plan, ctx.intact = plan, [True]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, reduced, stats
@@ -91,10 +91,28 @@ def _fused_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) 
     plan = ctx.plan
     if not plan.inplace_backward:
         return ops.backward(grad_terms, logits, targets, stats, *plan.spec, plan.backend)
+    _take_logits(ctx)
     ops.backward_(grad_terms, logits, targets, stats, *plan.spec, plan.backend)
     # The write is invisible to autograd: raise the version, so that whoever saved these logits gets an error.
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
+
+
+def _taken(holder: list):
+    """The one element of ``holder``, or ``None`` from the second call on, also if two threads call it at once."""
+    try:
+        return holder.pop()
+    except IndexError:
+        return None
+
+
+def _take_logits(ctx) -> None:
+    """Before the logits are overwritten: their version rises only afterwards, too late for a pass in another thread."""
+    if _taken(ctx.intact) is None:
+        raise RuntimeError(
+            "inplace_backward=True: another backward pass through the same retained graph is overwriting the logits, "
+            "which were needed for gradient computation; leave it False to run several"
+        )
 
 
 def _differentiable_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
@@ -140,7 +158,7 @@ class LinearCarefFunction(torch.autograd.Function):
         # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
         saved = gradients if is_compiling and any(now) else ()
         ctx.save_for_backward(hidden, weight, bias, targets, divisor, stats, *saved)
-        ctx.gradients = gradients if any(now) and not is_compiling else None
+        ctx.gradients = [gradients] if any(now) and not is_compiling else []
         ctx.plan = plan
         ctx.mark_non_differentiable(*((stats,) if plan.with_terms else (reduced, stats)))
         ctx.set_materialize_grads(False)
@@ -169,7 +187,7 @@ def _cast_head(head: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tens
 def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> list[Tensor | None]:
     hidden, weight, bias, targets, divisor, stats, *saved = ctx.saved_tensors
     plan = ctx.plan
-    ready, ctx.gradients = saved or ctx.gradients, None
+    ready = saved if torch.compiler.is_compiling() else saved or _taken(ctx.gradients)
     if ready and grad_reduced is None:
         scale = grad_loss if divisor is None else _divided(grad_loss, divisor)
         gradients = [_scaled(gradient, scale, may_overwrite=not saved) for gradient in ready]
@@ -239,7 +257,7 @@ class ShardFunction(torch.autograd.Function):
         terms, stats = plan.rows.forward(logits, targets)
         loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
         ctx.save_for_backward(logits, targets, divisor, stats)
-        ctx.plan = plan
+        ctx.plan, ctx.intact = plan, [True]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, reduced, stats
@@ -253,6 +271,8 @@ class ShardFunction(torch.autograd.Function):
         plan = ctx.plan
         with torch.no_grad():
             grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+            if plan.inplace_backward:
+                _take_logits(ctx)
             gradient = local.detach() if plan.inplace_backward else torch.empty_like(local)
             plan.rows.backward(grad_terms, local, targets, stats, gradient)
             if plan.inplace_backward:

@@ -91,6 +91,14 @@ def check_inplace(logits: Tensor, rows: Tensor) -> None:
         )
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace_backward=True would overwrite a leaf that requires grad; pass an intermediate result")
+    saves = logits.requires_grad and torch.is_grad_enabled()
+    if saves and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        raise RuntimeError(
+            "inplace_backward=True cannot be used under saved-tensor hooks (torch.autograd.graph.saved_tensors_hooks, "
+            "save_on_cpu, non-reentrant checkpointing, activation offloading): what they hand back is not guarded by a "
+            "version counter, so that another use of the logits would silently see their gradient; leave it False, or "
+            "compute the loss outside of the hooks"
+        )
 
 
 def _may_overlap(rows: Tensor) -> bool:

@@ -67,7 +67,8 @@ def fused_sced(
         vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns.
         backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
         inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
-            needs); its version counter is raised, so that a later use of its value is an autograd error.
+            needs); its version counter is raised, so that a later use of its value is an autograd error.  Hooks under
+            which another operator saved ``logits`` cannot be seen here and must have copied them.
     Returns:
         A scalar, or ``(...)`` for ``"none"``; float32 (float64 for float64 logits), in nats**alpha.  ``"mean"`` over no
         row is NaN with a zero gradient.
@@ -75,6 +76,7 @@ def fused_sced(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a shape or a range mismatch; the message gives both values.
         NotImplementedError: an explicit backend that cannot run (with its reason), or a torch.func transform.
+        RuntimeError: ``inplace_backward`` under saved-tensor hooks (non-reentrant checkpointing, offloading).
     Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
         1 - p = 1e-12, given k_t; ceil(scale * exp(H)) itself may differ by one from one backend to another.
         Deterministic: the same bits on every run and for any number of threads.

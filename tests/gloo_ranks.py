@@ -101,6 +101,9 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
     vocab_parallel_caref_loss(passing, labels, shard, reduction="sum", inplace_backward=True).backward()
     expected = oracle(logits, labels, ("loss",)).gradients["loss"]
     check_part(leaf.grad, expected, columns, "in place")
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with hooks, pytest.raises(RuntimeError, match="inplace_backward=True cannot be used under saved-tensor hooks"):
+        vocab_parallel_caref_loss(leaf * 1, labels, shard, inplace_backward=True)
     negated = logits[:, columns].neg().requires_grad_()
     vocab_parallel_caref_loss(torch._neg_view(negated), labels, shard, reduction="sum").backward()
     check_part(-negated.grad, expected, columns, "negative bit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
 
 import pytest
@@ -12,7 +13,7 @@ import torch._functorch.config
 from test_linear import check_gradients, doubled, exact, leaves, make_problem
 from torch.nn import functional
 
-from caref_kernels import CarefConfig, LinearCarefLoss, caref_loss, linear_caref_loss
+from caref_kernels import CarefConfig, LinearCarefLoss, autograd, caref_loss, linear_caref_loss
 from caref_kernels.testing import check_identity
 
 HIDDEN, WEIGHT, LABELS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
@@ -130,6 +131,39 @@ def test_second_backward_A06(backend):
         check_identity(a, -3 * b, "float32")
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, leaves(problem))
+
+
+def test_second_backward_between_any_two_bytecodes_of_the_first(backend):
+    """As another thread may come in between: ready gradients are scaled in place by one of the passes alone."""
+    problem = make_problem(seed=13)
+    expected = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
+    taking = autograd._linear_gradients.__code__
+
+    def both(step):
+        """Gradients of a pass, and of the one that begins and ends before the bytecode of that number, if there is."""
+        loss, inner, seen = linear_caref_loss(*problem, backend=backend), [], []
+
+        def trace(frame, event, _argument):
+            if frame.f_code is not taking or inner:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                seen.append(event)
+                if len(seen) == step:
+                    inner.extend(torch.autograd.grad(loss, leaves(problem), retain_graph=True))
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return torch.autograd.grad(loss, leaves(problem), retain_graph=True), inner
+        finally:
+            sys.settrace(previous)
+
+    for step in range(1, 30):
+        for gradients in both(step):
+            for ours, other in zip(gradients, expected, strict=True):
+                check_identity(ours, other, "float32")
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from caref_kernels import (
     caref_loss,
     explain,
     fused_sced,
-    linear_caref_loss,
 )
-from caref_kernels.testing import check_identity
 
 NAN, INF = math.nan, math.inf
 LOGITS = torch.zeros(2, 5)
@@ -236,22 +233,6 @@ def test_auto_takes_the_first_that_runs_P15():
 
 
 IN_PLACE = "leaf", "expanded", "strided columns", "4-D that does not collapse", "negative bit", "imaginary part"
-OVERLAPPING = {
-    "rows": ((3, 8), (4, 1)),  # 0 < stride < V
-    "outer rows": ((2, 3, 8), (12, 8, 1)),
-    "inner rows": ((2, 3, 8), (40, 5, 1)),
-    "equal rows of two batches": ((2, 3, 8), (8, 8, 1)),
-    "rows of another order": ((3, 2, 8), (8, 20, 1)),
-}
-SEPARATE = {
-    "padded": ((3, 8), (10, 1)),
-    "transposed": ((3, 2, 8), (8, 24, 1)),
-    "one row": ((1, 8), (3, 1)),
-    "batches of one row": ((3, 1, 8), (8, 0, 1)),
-    "one batch": ((1, 3, 8), (0, 9, 1)),
-    "one column": ((4, 1), (2, 7)),
-    "no row": ((0, 8), (1, 1)),
-}
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -269,54 +250,6 @@ def test_inplace_backward_where_it_cannot_A11(backend, name):
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
     with pytest.raises(ValueError, match="inplace_backward=True .*" + pattern):
         caref_loss(logits, labels, inplace_backward=True, backend=backend)
-
-
-@pytest.mark.parametrize("name", OVERLAPPING)
-def test_inplace_backward_of_rows_that_overlap(backend, name):
-    """The gradient of one row would be written over the logits of another; elsewhere it is made as always."""
-    shape, strides = OVERLAPPING[name]
-    leaf = torch.randn(64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    labels = torch.zeros(shape[:-1], dtype=torch.long)
-    logits = (leaf * 1).as_strided(shape, strides)
-    pattern = "share no memory .*" + re.escape(f"got shape {shape} with strides {strides}")
-    with pytest.raises(ValueError, match=pattern):
-        caref_loss(logits, labels, inplace_backward=True, backend=backend)
-    gradients = [
-        torch.autograd.grad(caref_loss(rows, labels, backend=backend), leaf, retain_graph=True)[0]
-        for rows in (logits, logits.contiguous())
-    ]
-    check_identity(*gradients, "float32")
-
-
-@pytest.mark.parametrize("name", SEPARATE)
-def test_inplace_backward_of_rows_apart(backend, name):
-    shape, strides = SEPARATE[name]
-    leaf = torch.randn(64, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    labels = torch.zeros(shape[:-1], dtype=torch.long)
-    gradients = [
-        torch.autograd.grad(
-            caref_loss((leaf * 1).as_strided(shape, strides), labels, reduction="sum", backend=backend, **options), leaf
-        )[0]
-        for options in ({}, {"inplace_backward": True})
-    ]
-    assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("view", [torch._neg_view, lambda x: torch.complex(x, x).conj().imag], ids=["bit", "imag"])
-def test_views_that_negate_their_memory(backend, view):
-    """Logits, hidden, weight and bias with a negative bit are what they say."""
-    generator = torch.Generator().manual_seed(3)
-    logits, hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((2, 5), (2, 4), (5, 4), (5,)))
-
-    def values(change):
-        leaves = [tensor.clone().requires_grad_() for tensor in (logits, hidden, weight, bias)]
-        z, h, w, b = (change(leaf) for leaf in leaves)
-        loss = caref_loss(z, LABELS, backend=backend) + linear_caref_loss(h, w, LABELS, b, backend=backend)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    assert view(logits).is_neg()
-    for ours, expected in zip(values(view), values(torch.neg), strict=True):
-        assert torch.equal(ours, expected)
 
 
 def test_config_is_immutable_and_picklable():
