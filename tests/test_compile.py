@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,7 +16,6 @@ from caref_kernels.testing import make_case
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 OPS = torch.ops.caref_kernels
@@ -195,6 +197,27 @@ def test_requires_grad_changes_after_tracing_C07(backend):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert not compiled(*case).requires_grad
     _assert_same(_run(step, case), _run(compiled, case))
+
+
+EVERY_CALL = """
+import torch
+from caref_kernels import *
+
+def step(logits, hidden, weight, labels):
+    loss = caref_loss(logits, labels) + fused_sced(logits) + CarefLoss()(logits, labels) + SCEDLoss()(logits)
+    return loss + linear_caref_loss(hidden, weight, labels) + LinearCarefLoss()(hidden, weight, labels)
+
+leaves = [torch.randn(*size, requires_grad=True) for size in ((4, 50), (4, 8), (50, 8))]
+torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, torch.tensor([0, 1, 2, 3])).backward()
+"""
+
+
+def test_no_call_warns():
+    """In a process of its own, because Dynamo says each of its warnings once: of caches that it traces through, say."""
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", "-c", EVERY_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_inplace_backward_is_refused_under_compile(backend):

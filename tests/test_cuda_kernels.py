@@ -15,6 +15,7 @@ import torch
 from cuda_emulated import BACKEND, NAME
 
 from caref_kernels import backends, caref_loss
+from caref_kernels.backends import devices
 from caref_kernels.backends.cuda import CudaBackend, missing_image
 from caref_kernels.config import RowSpec
 from caref_kernels.testing import check_evaluation, check_identity, evaluate, make_case, oracle
@@ -37,16 +38,14 @@ class WithModule(CudaBackend):
 def test_reasons(architectures, reason, monkeypatch):
     from caref_kernels.backends import cuda
 
-    monkeypatch.setattr(cuda, "_has_device", lambda: False)
+    monkeypatch.setattr(devices, "has_device", lambda: False)
     monkeypatch.setattr(cuda, "MISSING", "the compiled module is missing")
     found = WithModule(architectures).unsupported(torch.empty(1, 2))
     assert found.startswith(reason or "the compiled module is missing")
 
 
 def test_reason_where_there_is_a_device(monkeypatch):
-    from caref_kernels.backends import cuda
-
-    monkeypatch.setattr(cuda, "_has_device", lambda: True)
+    monkeypatch.setattr(devices, "has_device", lambda: True)
     assert WithModule("80").unsupported(torch.empty(1, 2)) == "logits are on cpu, this backend takes CUDA tensors"
 
 

@@ -280,9 +280,7 @@ def test_autocast_D05(backend, dtype):
         assert linear_caref_loss(*wide, backend=backend).dtype == torch.float64
 
 
-compiler = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
-)
+compiler = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 
 
 @compiler

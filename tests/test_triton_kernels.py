@@ -192,7 +192,7 @@ raise SystemExit("it ran")
 
 
 def test_reason_without_triton(monkeypatch):
-    monkeypatch.setattr(package, "_is_installed", lambda: False)
+    monkeypatch.setattr(package, "INSTALLED", False)
     assert "triton is not installed" in backends.get("triton").unsupported(torch.empty(1, 2))
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot run: triton is not installed"):
         caref_loss(torch.zeros(2, 5), torch.tensor([0, 1]), backend="triton")

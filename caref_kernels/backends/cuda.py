@@ -7,7 +7,6 @@ triton nor a compiler where they run.  A call waits for nothing, so CUDA graphs 
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..config import RowSpec
 from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
+from . import devices
 from .compiled import MISSING, MODULE, add_gradients, add_outputs, row_params
 
 
@@ -33,12 +33,12 @@ class CudaBackend:
         if not built:
             return "built without nvcc (put it on the path or set CUDA_HOME, and install again)"
         if logits.device.type != "cuda":
-            if not _has_device():
+            if not devices.has_device():
                 return "no CUDA device"
             return f"logits are on {logits.device}, this backend takes CUDA tensors"
         if torch.version.hip is not None:
             return f"{logits.device} is a ROCm device, and these kernels are built for CUDA"
-        return missing_image(built, _capability(logits.device))
+        return missing_image(built, devices.capability(logits.device))
 
     def describe(self) -> str:
         return f"compiled for sm_{self.module.CUDA_ARCHITECTURES.replace(' ', ', sm_')}"
@@ -89,13 +89,3 @@ def missing_image(built: str, capability: tuple[int, int]) -> str | None:
         if ptx and digits <= 10 * major + minor and not exact:
             return None
     return f"no image for sm_{major}{minor} (built for sm_{built.replace(' ', ', sm_')})"
-
-
-@functools.cache
-def _has_device() -> bool:
-    return torch.cuda.is_available()
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from ...config import RowSpec
 from ...objective import NUM_TERMS, accumulation_dtype, statistics_of
+from .. import devices
 from . import tiling
 
+# Looked for, not imported.
+INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads this variable when a kernel is defined; so does this module, once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # The CPU plays a small device: large enough for rows to be split, and for the rows of a small batch to share one plan.
@@ -38,7 +41,7 @@ class TritonBackend:
 
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
         """Needs triton, and logits on a GPU that it compiles for, or on the CPU under its interpreter."""
-        if not _is_installed():
+        if not INSTALLED:
             return "triton is not installed (pip install triton, on Linux)"
         if INTERPRETED:
             if logits.device.type == "cpu":
@@ -189,16 +192,10 @@ def _gpu(index: int) -> tiling.Device:
     return tiling.Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
 
 
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _capability_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return None
-    capability = torch.cuda.get_device_capability(device)
+    capability = devices.capability(device)
     if capability < LEAST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}; triton's code needs 8.0 or later"
     return None
