@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     backend: str
     weights: tuple[float, float, float]  # of CE, SCED and KL in the loss
     per_row: bool
+    any_items: bool  # the divisor is a number of items that may be 0
     inplace_backward: bool
 
 
@@ -33,7 +34,7 @@ class CarefFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor | None, divisor: Tensor | None, plan: Plan):
         terms, stats = ops.forward(logits, targets, *plan.spec, plan.backend)
-        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items)
         ctx.save_for_backward(logits, targets, divisor, stats)
         ctx.plan, ctx.intact = plan, [True]
         ctx.mark_non_differentiable(stats)
@@ -81,7 +82,7 @@ def _grad_terms(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, divi
         weighted = torch.stack([grad_loss * weight for weight in ctx.plan.weights], -1)
         grad = weighted if grad is None else grad + weighted
     if divisor is not None:
-        grad = grad / divisor
+        grad = _divided(grad, divisor) if ctx.plan.any_items else grad / divisor
     return grad if ctx.plan.per_row else grad.expand(rows, -1)
 
 
@@ -129,6 +130,7 @@ class LinearPlan(NamedTuple):
     backend: str
     weights: tuple[float, float, float]
     per_row: bool
+    any_items: bool
     with_terms: bool  # whether the terms are differentiable results too
     needs: tuple[bool, bool, bool]  # gradients of hidden, weight and bias
     chunk_rows: int  # 0 chooses
@@ -154,7 +156,7 @@ class LinearCarefFunction(torch.autograd.Function):
         later = plan.per_row or (plan.with_terms and is_compiling)
         now = [need and not later for need in plan.needs]
         terms, stats, *gradients = _linear_forward(head, targets, now, plan)
-        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items)
         # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
         saved = gradients if is_compiling and any(now) else ()
         ctx.save_for_backward(hidden, weight, bias, targets, divisor, stats, *saved)
@@ -226,7 +228,9 @@ def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets: Ten
 
 
 def _divided(grad_loss: Tensor, divisor: Tensor) -> Tensor:
-    """grad_loss / divisor; 0 where the mean is over no row, whose gradient is 0 although the loss is NaN."""
+    """grad_loss / divisor; 0 where that is 0: the loss is NaN over no row, infinite over rows that are no items, and an
+    infinite factor would make NaN of the gradient's zeros.
+    """
     divisor = divisor.to(grad_loss.device)
     return torch.where(divisor == 0, 0.0, grad_loss / divisor)
 
@@ -244,6 +248,7 @@ class ShardPlan(NamedTuple):
     rows: ShardRows
     weights: tuple[float, float, float]
     per_row: bool
+    any_items: bool
     inplace_backward: bool
 
 
@@ -255,7 +260,7 @@ class ShardFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, divisor: Tensor | None, plan: ShardPlan):
         terms, stats = plan.rows.forward(logits, targets)
-        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items)
         ctx.save_for_backward(logits, targets, divisor, stats)
         ctx.plan, ctx.intact = plan, [True]
         ctx.mark_non_differentiable(stats)

@@ -62,8 +62,9 @@ def fused_sced(
             largest logits; :class:`caref_kernels.EntropyTopK`, as many as the row's entropy asks for.  Tied logits at
             the k-th place share what is left of k.
         reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
-        num_items: divisor that replaces the number of valid rows in ``"mean"``: a positive number, or a 0-D tensor,
-            which is read without a synchronisation.
+        num_items: divisor that replaces the number of valid rows in ``"mean"``: a number >= 0, or a 0-D tensor, whose
+            value is not read from a device.  0 is for a rank or a micro-batch without a valid row: loss and gradient
+            are 0.  With valid rows 0 is an error on the CPU; on a device the loss is infinite, with a zero gradient.
         vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns.
         backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
         inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
@@ -166,7 +167,7 @@ def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor 
     return name_results(*_run(logits, labels, num_items, config, weights), config)
 
 
-def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Tensor | None, config: CarefConfig):
+def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, config: CarefConfig):
     """The loss, or the loss with its terms, as the configuration asks."""
     if not config.return_terms:
         return loss
@@ -176,7 +177,7 @@ def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Tensor | N
     if config.sparsity is not None:
         observed.append(stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")])
     if config.reduction != "none":
-        observed = [value.sum() if divisor is None else value.sum() / divisor for value in observed]
+        observed = [divisor.divide(value.sum()) for value in observed]
     values = (*terms.unbind(-1), *observed)
     return CarefOutput(loss, *(value.reshape(shape) for value in values))
 
@@ -189,8 +190,8 @@ def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | Non
         check_inplace(logits, rows)
     divisor = divisor_of(logits, targets, num_items, config)
     per_row = config.reduction == "none"
-    plan = Plan(spec, name, weights, per_row, config.inplace_backward)
-    loss, terms, stats = CarefFunction.apply(rows, targets, divisor, plan)
+    plan = Plan(spec, name, weights, per_row, divisor.any_items, config.inplace_backward)
+    loss, terms, stats = CarefFunction.apply(rows, targets, divisor.value, plan)
     return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
 
 
@@ -201,38 +202,69 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() <= 3 else logits.reshape(-1, logits.size(-1))
 
 
-def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Tensor | None:
-    """The 0-D divisor of "mean", made on the device without reading anything back."""
-    if num_items is not None:
-        return _check_num_items(num_items, logits, config)
-    if config.reduction != "mean":
-        return None
+class Divisor(NamedTuple):
+    """What the sums over rows are divided by: a 0-D tensor, ``None`` for "sum" and "none".
+
+    A mean over no row is NaN.  With ``any_items`` the value is a number of items that nobody has read: if it is 0, the
+    loss is 0 where no row counts, and infinite elsewhere.
+    """
+
+    value: Tensor | None
+    any_items: bool = False
+
+    def divide(self, total: Tensor) -> Tensor:
+        """A sum over rows, divided."""
+        if self.value is None:
+            return total
+        return objective.per_item(total, self.value) if self.any_items else total / self.value
+
+
+def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Divisor:
+    """The divisor, made on the device without reading anything back."""
+    if num_items is None and config.reduction != "mean":
+        return Divisor(None)
     dtype = objective.accumulation_dtype(logits.dtype)
+    if num_items is None:
+        return Divisor(_count(logits, targets, config, dtype))
+    if config.reduction != "mean":
+        raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={config.reduction!r}")
+    value, known = _check_num_items(num_items, logits, dtype)
+    if known != 0:
+        return Divisor(value, any_items=known is None)
+    if torch.compiler.is_compiling() or (logits if targets is None else targets).device.type != "cpu":
+        return Divisor(value, any_items=True)
+    rows = int(_count(logits, targets, config, torch.int64))
+    if rows:
+        raise ValueError(f"num_items must be > 0 where rows count; got {num_items!r} for {rows} rows that count")
+    return Divisor(torch.ones_like(value))
+
+
+def _count(logits: Tensor, targets: Tensor | None, config: CarefConfig, dtype: torch.dtype) -> Tensor:
+    """The number of rows that count."""
     if targets is None:
         return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
     counts = targets if targets.dtype == torch.bool else labelled(targets, config.ignore_index)
     return counts.sum().to(dtype)
 
 
-def _check_num_items(num_items, logits: Tensor, config: CarefConfig) -> Tensor:
-    if config.reduction != "mean":
-        raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={config.reduction!r}")
-    dtype = objective.accumulation_dtype(logits.dtype)
+def _check_num_items(num_items, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+    """The number of items as a tensor, and as a number if it is known without a synchronisation."""
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0 or num_items.dtype.is_complex or num_items.dtype == torch.bool:
             raise ValueError(f"num_items: expected a real 0-D tensor; got {describe(num_items)}")
         if num_items.device.type != "cpu" and num_items.device != logits.device:
             raise ValueError(f"num_items: on {num_items.device}, but logits are on {logits.device}")
-        # On an accelerator the value is not read: that would be a synchronisation.
-        if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_count(num_items.item())
-        return num_items.detach().to(dtype)
+        readable = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
+        return num_items.detach().to(dtype), _known(num_items.item(), dtype) if readable else None
     if isinstance(num_items, bool) or not isinstance(num_items, Real):
         raise TypeError(f"num_items: expected a number or a 0-D tensor; got {describe(num_items)}")
-    _check_count(num_items)
-    return torch.full((), float(num_items), dtype=dtype, device=logits.device)
+    known = _known(num_items, dtype)
+    return torch.full((), float(known), dtype=dtype, device=logits.device), known
 
 
-def _check_count(value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"num_items must be finite and > 0; got {value!r}")
+def _known(num_items: float, dtype: torch.dtype) -> float:
+    limits = torch.finfo(dtype)
+    if not (num_items == 0 or limits.tiny <= num_items <= limits.max):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"num_items must be 0, or finite and > 0 in {name}; got {num_items!r}")
+    return num_items

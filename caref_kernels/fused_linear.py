@@ -93,6 +93,7 @@ def linear_from_config(  # noqa: PLR0913
     labels = check_labels(labels, hidden, "hidden")
     if config.inplace_backward:
         raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
+    divisor = divisor_of(hidden, labels, num_items, config)
     rows = hidden.reshape(-1, hidden.size(-1))
     spec = config.row_spec(weight.size(0))
     plan = LinearPlan(
@@ -100,13 +101,13 @@ def linear_from_config(  # noqa: PLR0913
         backend=backends.select(config.backend, hidden.new_empty((1, 1), dtype=dtype), spec),
         weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
         per_row=config.reduction == "none",
+        any_items=divisor.any_items,
         with_terms=config.return_terms,
         needs=needed_gradients(rows, weight, bias),
         chunk_rows=check_chunk_rows(chunk_rows),
         dtype=dtype,
     )
-    divisor = divisor_of(hidden, labels, num_items, config)
-    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor, plan)
+    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
     return name_results(loss, terms, stats, divisor, config)
 

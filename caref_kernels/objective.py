@@ -112,6 +112,11 @@ def log_ratio_offset(residual: Tensor, vocab_size: int) -> Tensor:
     return torch.log((1 + residual) / vocab_size)
 
 
+def per_item(total: Tensor, items: Tensor) -> Tensor:
+    """total / items; for 0 items a total of 0 is 0, any other one infinite."""
+    return torch.where(total == 0, total, total / items)
+
+
 def entropy(residual: Tensor, mean_shift: Tensor) -> Tensor:
     """H = log1p(r) - ybar in nats: two terms of one sign, so accurate down to H = 1e-9."""
     return torch.log1p(residual) - mean_shift

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, linear_chunks
 from .config import RowSpec
 from .linear_chunks import BackendRows, Head, Needs
-from .objective import NUM_TERMS, accumulation_dtype, statistics_of
+from .objective import NUM_TERMS, accumulation_dtype, per_item, statistics_of
 
 NAMESPACE = "caref_kernels"
 _SPEC = (
@@ -33,7 +33,9 @@ _library.define(
     f"linear_backward(Tensor grad_terms, {_HEAD}, Tensor stats, bool[] needs, int chunk_rows, {_SPEC})"
     f" -> (Tensor, Tensor, Tensor)"
 )
-_library.define("reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row) -> (Tensor, Tensor)")
+_library.define(
+    "reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row, bool any_items=False) -> (Tensor, Tensor)"
+)
 
 # One C++ float32 sum over more elements than this would be split by the number of threads; smaller ones never are.
 _SERIAL_ROWS = 4096
@@ -79,15 +81,18 @@ def _backward_inplace_fake(grad_terms, logits, targets, stats, *spec_and_backend
     return None
 
 
-def _reduce(terms, divisor, weights, per_row):
-    """(loss, reduced terms); sums run in float64 and in an order that no number of threads changes."""
+def _reduce(terms, divisor, weights, per_row, any_items=False):
+    """(loss, reduced terms); sums run in float64 and in an order that no number of threads changes.
+
+    ``any_items``: the divisor is a number of items that may be 0, and not the number of rows of a mean.
+    """
     reduced = terms.clone() if per_row else _sum_rows(terms)
     if divisor is not None:
-        reduced = reduced / divisor
+        reduced = per_item(reduced, divisor) if any_items else reduced / divisor
     reduced = reduced.to(terms.dtype)
-    w_ce, w_sced, w_kl = weights
-    ce, sced, kl = reduced.unbind(-1)
-    return w_ce * ce + w_sced * sced + w_kl * kl, reduced
+    # A term of weight 0 may be infinite.
+    weighted = [weight * term for weight, term in zip(weights, reduced.unbind(-1), strict=True) if weight != 0]
+    return sum(weighted[1:], weighted[0]), reduced
 
 
 def _sum_rows(terms: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ def _sum_rows(terms: Tensor) -> Tensor:
     return torch.stack([part.sum(0, dtype=torch.float64) for part in terms.split(_SERIAL_ROWS)]).sum(0)
 
 
-def _reduce_fake(terms, divisor, weights, per_row):  # noqa: ARG001
+def _reduce_fake(terms, divisor, weights, per_row, any_items=False):  # noqa: ARG001
     shape = terms.shape if per_row else terms.shape[1:]
     return terms.new_empty(shape[:-1]), terms.new_empty(shape)
 

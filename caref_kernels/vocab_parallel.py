@@ -186,6 +186,7 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
         local_logits, group = _local_part(local_logits, group)
     check_logits("local_logits", local_logits, least_columns=0)
     labels = check_labels(labels, local_logits, "local_logits")
+    divisor = divisor_of(local_logits, labels, num_items, config)
     shard = _shard(group, local_logits.size(-1), local_logits.device)
     # The sums see through a negative bit, the kernels of the gradient would not.
     logits = local_logits.resolve_neg().reshape(math.prod(local_logits.shape[:-1]), local_logits.size(-1))
@@ -195,10 +196,10 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
         rows=_shard_rows(shard, logits, config),
         weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
         per_row=config.reduction == "none",
+        any_items=divisor.any_items,
         inplace_backward=config.inplace_backward,
     )
-    divisor = divisor_of(local_logits, labels, num_items, config)
-    loss, terms, stats = ShardFunction.apply(logits, labels, divisor, plan)
+    loss, terms, stats = ShardFunction.apply(logits, labels, divisor.value, plan)
     loss = loss.reshape(local_logits.shape[:-1]) if plan.per_row else loss
     return name_results(loss, terms, stats, divisor, config)
 
@@ -208,6 +209,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
     hidden, weight, bias = head
     dtype = check_head(hidden, weight, bias, least_columns=0)
     labels = check_labels(labels, hidden, "hidden")
+    divisor = divisor_of(hidden, labels, num_items, config)
     shard = _shard(group, weight.size(0), hidden.device)
     rows = hidden.reshape(-1, hidden.size(-1))
     chunk_rows, reduce_hidden = choices
@@ -217,6 +219,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
         backend=shard_rows.backend,
         weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
         per_row=config.reduction == "none",
+        any_items=divisor.any_items,
         with_terms=config.return_terms,
         needs=needed_gradients(rows, weight, bias),
         chunk_rows=check_chunk_rows(chunk_rows),
@@ -224,8 +227,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
         shard=shard_rows,
         reduce_hidden=reduce_hidden,
     )
-    divisor = divisor_of(hidden, labels, num_items, config)
-    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor, plan)
+    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
     return name_results(loss, terms, stats, divisor, config)
 

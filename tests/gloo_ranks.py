@@ -205,7 +205,19 @@ def check_refusals(columns: slice, shard: VocabShard) -> None:
             vocab_parallel_caref_loss(local, labels, "tensor-parallel")
         with pytest.raises(TypeError, match="reduce_hidden must be True or False; got 1"):
             vocab_parallel_linear_caref_loss(logits, local, labels, shard, reduce_hidden=1)
+        with pytest.raises(ValueError, match="num_items must be > 0 where rows count; got 0 for 10 rows that count"):
+            vocab_parallel_caref_loss(local, labels, shard, num_items=0)
     assert calls == []
+    nothing = torch.full_like(labels, -100)
+    for leaf, loss_of in (
+        (local.clone(), lambda leaf: vocab_parallel_caref_loss(leaf, nothing, shard, num_items=0)),
+        (logits[:, :5].clone(), lambda leaf: vocab_parallel_linear_caref_loss(
+            leaf, torch.ones(local.size(1), 5), nothing, shard, num_items=torch.tensor(0)
+        )),
+    ):  # fmt: skip
+        loss = loss_of(leaf.requires_grad_())
+        loss.backward()
+        assert loss.item() == torch.count_nonzero(leaf.grad) == 0
     leaf = local.clone().requires_grad_()
     loss = vocab_parallel_caref_loss(leaf, labels, shard)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)

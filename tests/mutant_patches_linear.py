@@ -63,8 +63,8 @@ LINEAR: list[Mutant] = [
         "A06",
         (
             "head-gradients-used-twice",
-            "ready, ctx.gradients = saved or ctx.gradients, None",
-            "ready = saved or ctx.gradients",
+            "saved or _taken(ctx.gradients)",
+            "saved or (ctx.gradients and ctx.gradients[0])",
         ),
     ),
     *mutants(

@@ -46,7 +46,7 @@ CALLS = [
     ("O04", _call(hidden=HIDDEN.as_subclass(DTensor)), ValueError, r"hidden is a DTensor.*full_tensor\(\)"),
     ("P01", _call(alpha=0.5), ValueError, "alpha must be in"),
     ("P10", _call(vocab_size=51), ValueError, r"vocab_size must be in \[1, 10 \* columns\]"),
-    ("P13", _call(num_items=0), ValueError, "num_items must be finite and > 0; got 0"),
+    ("P13", _call(num_items=0), ValueError, "num_items must be > 0 where rows count; got 0 for 2"),
     ("P15", _call(backend="quantum"), ValueError, "backend must be 'auto' or one of"),
     ("P15", _call(chunk_rows=0), ValueError, "chunk_rows must be >= 1 or None; got 0"),
     ("P15", _call(chunk_rows=2.0), TypeError, "chunk_rows must be an integer or None; got 2.0"),

@@ -30,7 +30,7 @@ def _case(cuda, rows=64, columns=32_128, dtype=torch.bfloat16, seed=0):
 def _step(logits, labels, backend, **options):
     leaf = logits.requires_grad_()
     out = caref_loss(leaf, labels, backend=backend, return_terms=True, **options)
-    return (*(term.detach() for term in out), torch.autograd.grad(out.loss, leaf)[0])
+    return (*(term.detach() for term in out if term is not None), torch.autograd.grad(out.loss, leaf)[0])
 
 
 @pytest.fixture
@@ -51,6 +51,18 @@ def test_nothing_waits_for_the_device(on_cuda, cuda, reduction, request):
         _step(logits, labels, on_cuda, num_items=items)
     torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_no_items_on_the_device(on_cuda, cuda, request):
+    """0 without a row that counts, infinite with one, a gradient of 0 either way, and nothing is read back."""
+    logits, labels = _case(cuda, 8, 1000)
+    items = torch.zeros((), dtype=torch.int64, device=cuda)
+    request.getfixturevalue("waiting_is_an_error")
+    nothing, rows = (_step(logits, y, on_cuda, num_items=items) for y in (torch.full_like(labels, -100), labels))
+    torch.cuda.set_sync_debug_mode("default")
+    assert [float(value) for value in nothing[:5]] == [0.0] * 5
+    assert [float(value) for value in rows[:5]] == [float("inf")] * 5
+    assert torch.count_nonzero(nothing[-1]) == torch.count_nonzero(rows[-1]) == 0
 
 
 def test_cuda_graph_replays_on_new_logits(on_cuda, cuda):

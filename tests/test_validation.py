@@ -44,6 +44,7 @@ def _labels(labels, logits=LOGITS):
 ALPHA = r"alpha must be in \[1, 16\]; got {}"
 BETA = r"beta must be 0 or in \[0.1, 16\]; got {}"
 NUMBER = r"must be a Python float or int; got {}"
+ITEMS = "num_items must be 0, or finite and > 0 in float32; got "
 # Of each wrong call: the catalogue id, how to make it, what it raises and the pattern of the message.
 CALLS = [
     ("P01", _loss(alpha=0.5), ValueError, ALPHA.format("0.5") + r" \(for alpha < 1 the gradient is infinite"),
@@ -143,11 +144,14 @@ CALLS = [
     ("P12 R02", _loss(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     ("P12", _loss(reduction="Mean"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'Mean'"),
     ("P12", _sced(reduction=None), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got None"),
-    ("P13", _loss(num_items=0), ValueError, "num_items must be finite and > 0; got 0"),
-    ("P13", _loss(num_items=-2.0), ValueError, "num_items must be finite and > 0; got -2.0"),
-    ("P13", _loss(num_items=INF), ValueError, "num_items must be finite and > 0; got inf"),
-    ("P13", _loss(num_items=torch.tensor(NAN)), ValueError, "num_items must be finite and > 0; got nan"),
-    ("P13", _loss(num_items=torch.tensor(0)), ValueError, "num_items must be finite and > 0; got 0"),
+    ("P13", _loss(num_items=0), ValueError, "num_items must be > 0 where rows count; got 0 for 2 rows that count"),
+    ("P13", _loss(num_items=-2.0), ValueError, ITEMS + "-2.0"),
+    ("P13", _loss(num_items=INF), ValueError, ITEMS + "inf"),
+    ("P13", _loss(num_items=torch.tensor(NAN)), ValueError, ITEMS + "nan"),
+    ("P13", _loss(num_items=torch.tensor(0)), ValueError, r"num_items must be > 0 .*; got tensor\(0\) for 2 rows"),
+    ("P13", _loss(num_items=1e39), ValueError, ITEMS + r"1e\+39"),
+    ("P13", _loss(num_items=10**400), ValueError, ITEMS + "10000"),
+    ("P13", _loss(num_items=1e-60), ValueError, ITEMS + "1e-60"),
     ("P13", _loss(num_items=torch.ones(1)), ValueError, r"num_items: expected a real 0-D tensor; got .*\(1,\)"),
     ("P13", _loss(num_items=torch.tensor(2.0, device="meta")), ValueError, "num_items: on meta, but logits are on cpu"),
     ("P13", _loss(num_items="7"), TypeError, "num_items: expected a number or a 0-D tensor; got '7'"),
