@@ -18,24 +18,24 @@ class Plan(NamedTuple):
 
     spec: RowSpec
     backend: str
-    weights: tuple[float, float, float]  # of CE, SCED and KL in the loss
+    weights: tuple[float, float, float]  # of CE, SCED and KL in the loss, unless they vary
     per_row: bool
     any_items: bool  # the divisor is a number of items that may be 0
     inplace_backward: bool
 
 
 class CarefFunction(torch.autograd.Function):
-    """(loss, terms, statistics) of logits (N, V) or (B, T, V).
+    """(loss, terms, statistics) of logits (N, V) or (B, T, V); ``varying`` and ``numbers`` as in ops.py.
 
     ``loss`` and ``terms`` are differentiable, ``statistics`` are not.  With ``per_row`` they are (N,) and (N, 3),
     otherwise the sums over rows, () and (3,), divided by ``divisor`` if there is one.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor | None, divisor: Tensor | None, plan: Plan):
-        terms, stats = ops.forward(logits, targets, *plan.spec, plan.backend)
-        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items)
-        ctx.save_for_backward(logits, targets, divisor, stats)
+    def forward(ctx, logits, targets, divisor, varying, numbers, plan: Plan):  # noqa: PLR0913
+        terms, stats = ops.forward(logits, targets, *plan.spec, plan.backend, numbers)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items, varying)
+        ctx.save_for_backward(logits, targets, divisor, varying, numbers, stats)
         ctx.plan, ctx.intact = plan, [True]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -44,16 +44,16 @@ class CarefFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
         if grad_loss is None and grad_reduced is None:
-            return None, None, None, None
+            return (None,) * 6
         # Dynamo traces this with gradients enabled although it never differentiates it a second time.
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if create_graph and ctx.plan.backend == "reference":
-            return _differentiable_backward(ctx, grad_loss, grad_reduced), None, None, None
+            return _differentiable_backward(ctx, grad_loss, grad_reduced), *(None,) * 5
         with torch.no_grad():
             gradient = _fused_backward(ctx, grad_loss, grad_reduced)
         if create_graph:
             gradient = _RefuseSecondDerivative.apply(gradient, ctx.saved_tensors[0])
-        return gradient, None, None, None
+        return gradient, *(None,) * 5
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -75,25 +75,28 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
-def _grad_terms(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, divisor: Tensor | None, rows: int):
-    """(N, 3) gradients of the row terms, expanded without a copy when the rows were summed."""
+def _grad_terms(
+    plan, grad_loss: Tensor | None, grad_reduced: Tensor | None, divisor: Tensor | None, varying: Tensor | None
+) -> Tensor:
+    """Gradients of the row terms, (N, 3), or (3,) where the rows were summed."""
     grad = grad_reduced
     if grad_loss is not None:
-        weighted = torch.stack([grad_loss * weight for weight in ctx.plan.weights], -1)
+        weights = plan.weights if varying is None else varying.unbind()
+        weighted = torch.stack([grad_loss * weight for weight in weights], -1)
         grad = weighted if grad is None else grad + weighted
     if divisor is not None:
-        grad = _divided(grad, divisor) if ctx.plan.any_items else grad / divisor
-    return grad if ctx.plan.per_row else grad.expand(rows, -1)
+        grad = _divided(grad, divisor) if plan.any_items else grad / divisor
+    return grad
 
 
 def _fused_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
-    logits, targets, divisor, stats = ctx.saved_tensors
-    grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+    logits, targets, divisor, varying, numbers, stats = ctx.saved_tensors
     plan = ctx.plan
+    grad_terms = _grad_terms(plan, grad_loss, grad_reduced, divisor, varying).to(stats.dtype).expand(len(stats), -1)
     if not plan.inplace_backward:
-        return ops.backward(grad_terms, logits, targets, stats, *plan.spec, plan.backend)
+        return ops.backward(grad_terms, logits, targets, stats, *plan.spec, plan.backend, numbers)
     _take_logits(ctx)
-    ops.backward_(grad_terms, logits, targets, stats, *plan.spec, plan.backend)
+    ops.backward_(grad_terms, logits, targets, stats, *plan.spec, plan.backend, numbers)
     # The write is invisible to autograd: raise the version, so that whoever saved these logits gets an error.
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
@@ -117,8 +120,8 @@ def _take_logits(ctx) -> None:
 
 
 def _differentiable_backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
-    logits, targets, divisor, stats = ctx.saved_tensors
-    grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+    logits, targets, divisor, varying, _, stats = ctx.saved_tensors
+    grad_terms = _grad_terms(ctx.plan, grad_loss, grad_reduced, divisor, varying).to(stats.dtype).expand(len(stats), -1)
     spec = ctx.plan.spec.for_columns(logits.size(-1))
     return backends.get("reference").gradient(grad_terms, logits, targets, spec)
 
@@ -149,17 +152,17 @@ class LinearCarefFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, divisor, plan: LinearPlan):  # noqa: PLR0913
+    def forward(ctx, hidden, weight, bias, targets, divisor, varying, numbers, plan: LinearPlan):  # noqa: PLR0913
         head = _cast_head((hidden, weight, bias), plan.dtype)
         is_compiling = torch.compiler.is_compiling()
         # A compiled backward gets gradients of the terms, zeros, even where nothing was done with them.
         later = plan.per_row or (plan.with_terms and is_compiling)
         now = [need and not later for need in plan.needs]
-        terms, stats, *gradients = _linear_forward(head, targets, now, plan)
-        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items)
+        terms, stats, *gradients = _linear_forward(head, targets, varying, numbers, now, plan)
+        loss, reduced = ops.reduce(terms, divisor, plan.weights, plan.per_row, plan.any_items, varying)
         # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
         saved = gradients if is_compiling and any(now) else ()
-        ctx.save_for_backward(hidden, weight, bias, targets, divisor, stats, *saved)
+        ctx.save_for_backward(hidden, weight, bias, targets, divisor, varying, numbers, stats, *saved)
         ctx.gradients = [gradients] if any(now) and not is_compiling else []
         ctx.plan = plan
         ctx.mark_non_differentiable(*((stats,) if plan.with_terms else (reduced, stats)))
@@ -170,7 +173,7 @@ class LinearCarefFunction(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
         grad_reduced = grad_reduced if ctx.plan.with_terms else None
         if grad_loss is None and grad_reduced is None:
-            return (None,) * 6
+            return (None,) * 8
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
             gradients = _linear_gradients(ctx, grad_loss, grad_reduced)
@@ -179,7 +182,7 @@ class LinearCarefFunction(torch.autograd.Function):
             gradients = [
                 None if gradient is None else _RefuseSecondDerivative.apply(gradient, *inputs) for gradient in gradients
             ]
-        return *gradients, None, None, None
+        return *gradients, *(None,) * 5
 
 
 def _cast_head(head: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
@@ -187,16 +190,16 @@ def _cast_head(head: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tens
 
 
 def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> list[Tensor | None]:
-    hidden, weight, bias, targets, divisor, stats, *saved = ctx.saved_tensors
+    hidden, weight, bias, targets, divisor, varying, numbers, stats, *saved = ctx.saved_tensors
     plan = ctx.plan
     ready = saved if torch.compiler.is_compiling() else saved or _taken(ctx.gradients)
     if ready and grad_reduced is None:
         scale = grad_loss if divisor is None else _divided(grad_loss, divisor)
         gradients = [_scaled(gradient, scale, may_overwrite=not saved) for gradient in ready]
     else:
-        grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+        grad_terms = _grad_terms(plan, grad_loss, grad_reduced, divisor, varying).to(stats.dtype)
         head = _cast_head((hidden, weight, bias), plan.dtype)
-        gradients = _linear_backward(grad_terms, head, targets, stats, plan)
+        gradients = _linear_backward(grad_terms.expand(len(stats), -1), head, targets, stats, numbers, plan)
     inputs = (hidden, weight, bias)
     gradients = [
         gradient.to(value.dtype) if need else None
@@ -207,19 +210,21 @@ def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None
     return gradients
 
 
-def _linear_forward(head: list[Tensor | None], targets: Tensor, needs: list[bool], plan: LinearPlan):
+def _linear_forward(head: list[Tensor | None], targets, varying, numbers, needs: list[bool], plan: LinearPlan):  # noqa: PLR0913
     if plan.shard is None:
-        return ops.linear_forward(*head, targets, plan.weights, needs, plan.chunk_rows, *plan.spec, plan.backend)
+        return ops.linear_forward(
+            *head, targets, plan.weights, needs, plan.chunk_rows, *plan.spec, plan.backend, numbers, varying
+        )
     with torch.autocast(head[0].device.type, enabled=False):
         return linear_chunks.forward(
             Head(*head), targets, plan.shard, plan.spec, plan.weights, Needs(*needs), plan.chunk_rows
         )
 
 
-def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets: Tensor, stats: Tensor, plan: LinearPlan):
+def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets, stats, numbers, plan: LinearPlan):  # noqa: PLR0913
     if plan.shard is None:
         return ops.linear_backward(
-            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend
+            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend, numbers
         )
     with torch.autocast(head[0].device.type, enabled=False):
         return linear_chunks.backward(
@@ -275,11 +280,11 @@ class ShardFunction(torch.autograd.Function):
         local, targets, divisor, stats = ctx.saved_tensors
         plan = ctx.plan
         with torch.no_grad():
-            grad_terms = _grad_terms(ctx, grad_loss, grad_reduced, divisor, stats.size(0)).to(stats.dtype)
+            grad_terms = _grad_terms(plan, grad_loss, grad_reduced, divisor, None).to(stats.dtype)
             if plan.inplace_backward:
                 _take_logits(ctx)
             gradient = local.detach() if plan.inplace_backward else torch.empty_like(local)
-            plan.rows.backward(grad_terms, local, targets, stats, gradient)
+            plan.rows.backward(grad_terms.expand(len(stats), -1), local, targets, stats, gradient)
             if plan.inplace_backward:
                 torch.autograd.graph.increment_version(local)
         if create_graph:

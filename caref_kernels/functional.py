@@ -13,8 +13,10 @@ from . import backends, objective
 from .autograd import CarefFunction, Plan
 from .backends.reference import labelled
 from .checks import check_inplace, check_labels, check_logits, check_valid, describe
-from .config import CarefConfig, Reduction
+from .config import CarefConfig, Reduction, RowSpec
 from .sparsity import Sparsity
+
+_POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 class CarefOutput(NamedTuple):
@@ -81,6 +83,8 @@ def fused_sced(
     Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
         1 - p = 1e-12, given k_t; ceil(scale * exp(H)) itself may differ by one from one backend to another.
         Deterministic: the same bits on every run and for any number of threads.
+    Compilation: one graph under torch.compile; exponents, weights of terms and ``num_items`` may change from call to
+        call, as in a warm-up, at the price of one compilation more.
     Memory: saves the logits and (N, 5) row statistics, (N, 8) with a mask; the backward makes the gradient, or nothing
         if in place.
     """
@@ -133,7 +137,7 @@ def caref_loss(
     Raises:
         IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere such a row is NaN.
         TypeError, ValueError, NotImplementedError: as in :func:`fused_sced`.
-    Precision, Memory: as in :func:`fused_sced`.
+    Precision, Compilation, Memory: as in :func:`fused_sced`.
     """
     config = CarefConfig(
         alpha=alpha,
@@ -184,15 +188,41 @@ def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, c
 
 def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):
     rows = _as_rows(logits)
-    spec = config.row_spec(rows.size(-1))
+    spec, weights, *operands = settled(config.row_spec(rows.size(-1)), weights, logits)
     name = backends.select(config.backend, rows, spec)
     if config.inplace_backward:
         check_inplace(logits, rows)
     divisor = divisor_of(logits, targets, num_items, config)
     per_row = config.reduction == "none"
     plan = Plan(spec, name, weights, per_row, divisor.any_items, config.inplace_backward)
-    loss, terms, stats = CarefFunction.apply(rows, targets, divisor.value, plan)
+    loss, terms, stats = CarefFunction.apply(rows, targets, divisor.value, *operands, plan)
     return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
+
+
+def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
+    """(spec, weights, varying, numbers): what compiled code gets as a number that changes between calls as a tensor.
+
+    Dynamo takes such a number for a constant at first, then for one that changes; an operator that took it as a number
+    would make it a constant again, and every new value would compile the function anew.  ``varying`` and ``numbers``
+    are those of ops.py, or ``None``.
+    """
+    if not torch.compiler.is_compiling():
+        return spec, weights, None, None
+    varying = _changing(weights, objective.accumulation_dtype(logits.dtype), logits.device)
+    numbers = _changing((spec.alpha, spec.beta, spec.k_scale), torch.float64, torch.device("cpu"))
+    if numbers is not None:
+        spec = spec._replace(alpha=2.0, beta=1.0, k_scale=1.0)
+    return spec, weights if varying is None else (1.0, 1.0, 1.0), varying, numbers
+
+
+def _changing(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """``values`` as a tensor if one of them is no constant to the compiler."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # late: it imports sympy, as the compiler does
+
+    if all(has_static_value(value) for value in values):
+        return None
+    one = torch.ones((), dtype=dtype, device=device)
+    return torch.stack([one * value for value in values])
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -259,12 +289,15 @@ def _check_num_items(num_items, logits: Tensor, dtype: torch.dtype) -> tuple[Ten
     if isinstance(num_items, bool) or not isinstance(num_items, Real):
         raise TypeError(f"num_items: expected a number or a 0-D tensor; got {describe(num_items)}")
     known = _known(num_items, dtype)
+    changed = _changing((num_items,), dtype, logits.device) if torch.compiler.is_compiling() else None
+    if changed is not None:
+        return changed.squeeze(0), known
     return torch.full((), float(known), dtype=dtype, device=logits.device), known
 
 
 def _known(num_items: float, dtype: torch.dtype) -> float:
-    limits = torch.finfo(dtype)
-    if not (num_items == 0 or limits.tiny <= num_items <= limits.max):
+    low, high = _POSITIVE[dtype]
+    if not (num_items == 0 or low <= num_items <= high):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"num_items must be 0, or finite and > 0 in {name}; got {num_items!r}")
     return num_items

@@ -11,7 +11,7 @@ from . import backends
 from .autograd import LinearCarefFunction, LinearPlan
 from .checks import check_floating, check_labels, describe
 from .config import CarefConfig, Reduction
-from .functional import CarefOutput, divisor_of, name_results
+from .functional import CarefOutput, divisor_of, name_results, settled
 from .objective import MAX_COLUMNS
 from .sparsity import Sparsity
 
@@ -95,11 +95,12 @@ def linear_from_config(  # noqa: PLR0913
         raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
     divisor = divisor_of(hidden, labels, num_items, config)
     rows = hidden.reshape(-1, hidden.size(-1))
-    spec = config.row_spec(weight.size(0))
+    weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
+    spec, weights, *operands = settled(config.row_spec(weight.size(0)), weights, hidden)
     plan = LinearPlan(
         spec=spec,
         backend=backends.select(config.backend, hidden.new_empty((1, 1), dtype=dtype), spec),
-        weights=(1.0, float(config.lambda_sced), float(config.lambda_kl)),
+        weights=weights,
         per_row=config.reduction == "none",
         any_items=divisor.any_items,
         with_terms=config.return_terms,
@@ -107,7 +108,7 @@ def linear_from_config(  # noqa: PLR0913
         chunk_rows=check_chunk_rows(chunk_rows),
         dtype=dtype,
     )
-    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, plan)
+    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, *operands, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
     return name_results(loss, terms, stats, divisor, config)
 

@@ -97,17 +97,23 @@ def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0
 
 
 def forward(
-    head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, weights: list[float], needs: Needs, chunk_rows: int
+    head: Head,
+    targets: Tensor | None,
+    rows: Rows,
+    spec: RowSpec,
+    weights: list[float] | Tensor,
+    needs: Needs,
+    chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) that are needed.
 
-    ``weights`` are those of CE, SCED and KL.  The gradient of hidden has its dtype, those of weight and bias the
-    accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
+    ``weights`` are those of CE, SCED and KL, numbers or a tensor (3,).  The gradient of hidden has its dtype, those of
+    weight and bias the accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
     """
     dtype = accumulation_dtype(head.hidden.dtype)
     terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
     stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(spec))), dtype=dtype)
-    grad_terms = terms.new_tensor([weights])
+    grad_terms = weights if isinstance(weights, Tensor) else terms.new_tensor(weights)
     gradients = _Gradients(head, needs)
     for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
         terms[chunk.rows], chunk_stats = rows.forward(chunk.logits, chunk.targets)

@@ -2,9 +2,14 @@
 
 Opaque to torch.compile (no decomposition), so that compiled and eager code give the same bits.  Autograd lives in
 autograd.py; inside these bodies it is off.
+
+Numbers that compiled code gets from outside, a schedule say, come as tensors besides: as floats each new value would
+compile anew.  ``numbers`` (3,) on the CPU replaces alpha, beta and k_scale, ``varying`` (3,) the weights of the terms.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +22,7 @@ from .objective import NUM_TERMS, accumulation_dtype, per_item, statistics_of
 NAMESPACE = "caref_kernels"
 _SPEC = (
     "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, "
-    "float k_scale, int k_min, int k_max, str backend"
+    "float k_scale, int k_min, int k_max, str backend, Tensor? numbers=None"
 )
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -26,7 +31,7 @@ _library.define(f"backward(Tensor grad_terms, Tensor logits, Tensor? targets, Te
 _library.define(f"backward_(Tensor grad_terms, Tensor(a!) logits, Tensor? targets, Tensor stats, {_SPEC}) -> ()")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets"
 _library.define(
-    f"linear_forward({_HEAD}, float[] weights, bool[] needs, int chunk_rows, {_SPEC})"
+    f"linear_forward({_HEAD}, float[] weights, bool[] needs, int chunk_rows, {_SPEC}, Tensor? varying=None)"
     f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -34,7 +39,8 @@ _library.define(
     f" -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row, bool any_items=False) -> (Tensor, Tensor)"
+    "reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row, bool any_items=False, Tensor? varying=None)"
+    " -> (Tensor, Tensor)"
 )
 
 # One C++ float32 sum over more elements than this would be split by the number of threads; smaller ones never are.
@@ -46,42 +52,65 @@ def _num_rows(logits: Tensor) -> int:
     return rows * logits.size(1) if logits.dim() == 3 else rows
 
 
-def _forward(logits, targets, *spec_and_backend):
-    *spec, backend = spec_and_backend
-    return backends.get(backend).forward(logits, targets, RowSpec(*spec).for_columns(logits.size(-1)))
+class _Call(NamedTuple):
+    """The arguments that every operator ends with."""
+
+    spec: RowSpec
+    backend: str
+    varying: Tensor | None
+
+    @classmethod
+    def of(cls, columns: int, arguments: tuple) -> _Call:
+        spec = RowSpec(*arguments[:_FIELDS])
+        if len(arguments) > _FIELDS + 1 and arguments[_FIELDS + 1] is not None:
+            alpha, beta, k_scale = arguments[_FIELDS + 1].tolist()
+            spec = spec._replace(alpha=alpha, beta=beta, k_scale=k_scale)
+        varying = arguments[_FIELDS + 2] if len(arguments) > _FIELDS + 2 else None
+        return cls(spec.for_columns(columns), arguments[_FIELDS], varying)
 
 
-def _forward_fake(logits, targets, *spec_and_backend):  # noqa: ARG001
+_FIELDS = len(RowSpec._fields)
+
+
+def _forward(logits, targets, *arguments):
+    call = _Call.of(logits.size(-1), arguments)
+    return backends.get(call.backend).forward(logits, targets, call.spec)
+
+
+def _forward_fake(logits, targets, *arguments):  # noqa: ARG001
     dtype = accumulation_dtype(logits.dtype)
-    rows, columns = _num_rows(logits), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
+    rows, columns = _num_rows(logits), _num_statistics(arguments)
     return logits.new_empty((rows, NUM_TERMS), dtype=dtype), logits.new_empty((rows, columns), dtype=dtype)
 
 
-def _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend):  # noqa: PLR0913
-    *spec, backend = spec_and_backend
-    row_spec = RowSpec(*spec).for_columns(logits.size(-1))
-    backends.get(backend).backward(grad_terms, logits, targets, stats, row_spec, out)
+def _num_statistics(arguments: tuple) -> int:
+    return len(statistics_of(RowSpec(*arguments[:_FIELDS])))
 
 
-def _backward(grad_terms, logits, targets, stats, *spec_and_backend):
+def _backward_into(out, grad_terms, logits, targets, stats, arguments):  # noqa: PLR0913
+    call = _Call.of(logits.size(-1), arguments)
+    backends.get(call.backend).backward(grad_terms, logits, targets, stats, call.spec, out)
+
+
+def _backward(grad_terms, logits, targets, stats, *arguments):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(out, grad_terms, logits, targets, stats, spec_and_backend)
+    _backward_into(out, grad_terms, logits, targets, stats, arguments)
     return out
 
 
-def _backward_fake(grad_terms, logits, targets, stats, *spec_and_backend):  # noqa: ARG001
+def _backward_fake(grad_terms, logits, targets, stats, *arguments):  # noqa: ARG001
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _backward_inplace(grad_terms, logits, targets, stats, *spec_and_backend):
-    _backward_into(logits, grad_terms, logits, targets, stats, spec_and_backend)
+def _backward_inplace(grad_terms, logits, targets, stats, *arguments):
+    _backward_into(logits, grad_terms, logits, targets, stats, arguments)
 
 
-def _backward_inplace_fake(grad_terms, logits, targets, stats, *spec_and_backend):  # noqa: ARG001
+def _backward_inplace_fake(grad_terms, logits, targets, stats, *arguments):  # noqa: ARG001
     return None
 
 
-def _reduce(terms, divisor, weights, per_row, any_items=False):
+def _reduce(terms, divisor, weights, per_row, any_items=False, varying=None):  # noqa: PLR0913
     """(loss, reduced terms); sums run in float64 and in an order that no number of threads changes.
 
     ``any_items``: the divisor is a number of items that may be 0, and not the number of rows of a mean.
@@ -91,7 +120,10 @@ def _reduce(terms, divisor, weights, per_row, any_items=False):
         reduced = per_item(reduced, divisor) if any_items else reduced / divisor
     reduced = reduced.to(terms.dtype)
     # A term of weight 0 may be infinite.
-    weighted = [weight * term for weight, term in zip(weights, reduced.unbind(-1), strict=True) if weight != 0]
+    if varying is None:
+        weighted = [weight * term for weight, term in zip(weights, reduced.unbind(-1), strict=True) if weight != 0]
+    else:
+        weighted = torch.where(varying == 0, 0, varying * reduced).unbind(-1)
     return sum(weighted[1:], weighted[0]), reduced
 
 
@@ -101,25 +133,26 @@ def _sum_rows(terms: Tensor) -> Tensor:
     return torch.stack([part.sum(0, dtype=torch.float64) for part in terms.split(_SERIAL_ROWS)]).sum(0)
 
 
-def _reduce_fake(terms, divisor, weights, per_row, any_items=False):  # noqa: ARG001
+def _reduce_fake(terms, divisor, weights, per_row, any_items=False, varying=None):  # noqa: ARG001, PLR0913
     shape = terms.shape if per_row else terms.shape[1:]
     return terms.new_empty(shape[:-1]), terms.new_empty(shape)
 
 
-def _linear_forward(hidden, weight, bias, targets, weights, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913
-    *spec, backend = spec_and_backend
-    row_spec = RowSpec(*spec).for_columns(weight.size(0))
-    rows = BackendRows(backend, row_spec)
+def _linear_forward(hidden, weight, bias, targets, weights, needs, chunk_rows, *arguments):  # noqa: PLR0913
+    spec, backend, varying = _Call.of(weight.size(0), arguments)
     head = Head(hidden, weight, bias)
+    weights = weights if varying is None else varying
     with torch.autocast(hidden.device.type, enabled=False):
         if targets is not None:
-            linear_chunks.check_targets(targets, weight.size(0), row_spec)
-        return linear_chunks.forward(head, targets, rows, row_spec, weights, Needs(*needs), chunk_rows)
+            linear_chunks.check_targets(targets, weight.size(0), spec)
+        return linear_chunks.forward(
+            head, targets, BackendRows(backend, spec), spec, weights, Needs(*needs), chunk_rows
+        )
 
 
-def _linear_forward_fake(hidden, weight, bias, targets, weights, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913, ARG001
+def _linear_forward_fake(hidden, weight, bias, targets, weights, needs, chunk_rows, *arguments):  # noqa: PLR0913, ARG001
     dtype = accumulation_dtype(hidden.dtype)
-    rows, columns = hidden.size(0), len(statistics_of(RowSpec(*spec_and_backend[:-1])))
+    rows, columns = hidden.size(0), _num_statistics(arguments)
     terms = hidden.new_empty((rows, NUM_TERMS), dtype=dtype)
     stats = hidden.new_empty((rows, columns), dtype=dtype)
     return terms, stats, *_fake_gradients(hidden, weight, needs)
@@ -134,16 +167,15 @@ def _fake_gradients(hidden, weight, needs):
     )
 
 
-def _linear_backward(grad_terms, hidden, weight, bias, targets, stats, needs, chunk_rows, *spec_and_backend):  # noqa: PLR0913
-    *spec, backend = spec_and_backend
-    row_spec = RowSpec(*spec).for_columns(weight.size(0))
-    rows = BackendRows(backend, row_spec)
+def _linear_backward(grad_terms, hidden, weight, bias, targets, stats, needs, chunk_rows, *arguments):  # noqa: PLR0913
+    spec, backend, _ = _Call.of(weight.size(0), arguments)
+    rows = BackendRows(backend, spec)
     head = Head(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        return linear_chunks.backward(grad_terms, head, targets, stats, rows, row_spec, Needs(*needs), chunk_rows)
+        return linear_chunks.backward(grad_terms, head, targets, stats, rows, spec, Needs(*needs), chunk_rows)
 
 
-def _linear_backward_fake(grad_terms, hidden, weight, bias, targets, stats, needs, *chunk_and_spec):  # noqa: PLR0913, ARG001
+def _linear_backward_fake(grad_terms, hidden, weight, bias, targets, stats, needs, *arguments):  # noqa: PLR0913, ARG001
     return _fake_gradients(hidden, weight, needs)
 
 

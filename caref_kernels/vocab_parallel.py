@@ -227,7 +227,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
         shard=shard_rows,
         reduce_hidden=reduce_hidden,
     )
-    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, plan)
+    loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, None, None, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
     return name_results(loss, terms, stats, divisor, config)
 

@@ -252,6 +252,18 @@ ROWS = [
         ("gradient-of-terms-dropped", "weighted if grad is None else grad + weighted", "weighted"),
     ),
     *mutants(
+        "every number of a schedule compiled anew",
+        FUNCTIONAL,
+        "compile_schedules",
+        "cpu",
+        ("schedule-of-constants", "    if all(has_static_value(value) for value in values):", "    if True:"),
+        (
+            "schedule-of-old-weights",
+            "varying = _changing(weights, ",
+            "varying = _changing((1.0, 1.0, weights[2]), ",
+        ),
+    ),
+    *mutants(
         "logits written in place",
         OPS,
         "autograd",
