@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, linear_chunks, ops
-from .config import RowSpec
+from .config import HeadOptions, RowSpec
 from .linear_chunks import Head, Needs
 from .shards import ShardRows
 
@@ -136,7 +136,7 @@ class LinearPlan(NamedTuple):
     any_items: bool
     with_terms: bool  # whether the terms are differentiable results too
     needs: tuple[bool, bool, bool]  # gradients of hidden, weight and bias
-    chunk_rows: int  # 0 chooses
+    options: HeadOptions
     dtype: torch.dtype  # of the products: that of the tensors, or autocast's
     shard: ShardRows | None = None  # the columns are spread over several ranks
     reduce_hidden: bool = False  # whether the ranks add their gradients of hidden
@@ -153,7 +153,7 @@ class LinearCarefFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, divisor, varying, numbers, plan: LinearPlan):  # noqa: PLR0913
-        head = _cast_head((hidden, weight, bias), plan.dtype)
+        head = _cast_head((hidden, weight, bias), plan)
         is_compiling = torch.compiler.is_compiling()
         # A compiled backward gets gradients of the terms, zeros, even where nothing was done with them.
         later = plan.per_row or (plan.with_terms and is_compiling)
@@ -185,20 +185,24 @@ class LinearCarefFunction(torch.autograd.Function):
         return *gradients, *(None,) * 5
 
 
-def _cast_head(head: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if value is None else value.to(dtype) for value in head]
+def _cast_head(tensors: tuple[Tensor | None, ...], plan: LinearPlan) -> Head:
+    tensors = (None if value is None else value.to(plan.dtype) for value in tensors)
+    return Head(*tensors, plan.options.logit_scale, plan.options.softcap)
 
 
 def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> list[Tensor | None]:
     hidden, weight, bias, targets, divisor, varying, numbers, stats, *saved = ctx.saved_tensors
     plan = ctx.plan
+    factor = plan.options.logit_scale  # of every gradient; where the logits are, it would underflow in float16
     ready = saved if torch.compiler.is_compiling() else saved or _taken(ctx.gradients)
     if ready and grad_reduced is None:
         scale = grad_loss if divisor is None else _divided(grad_loss, divisor)
+        scale = scale * factor if factor != 1 else scale
         gradients = [_scaled(gradient, scale, may_overwrite=not saved) for gradient in ready]
     else:
         grad_terms = _grad_terms(plan, grad_loss, grad_reduced, divisor, varying).to(stats.dtype)
-        head = _cast_head((hidden, weight, bias), plan.dtype)
+        grad_terms = grad_terms * factor if factor != 1 else grad_terms
+        head = _cast_head((hidden, weight, bias), plan)
         gradients = _linear_backward(grad_terms.expand(len(stats), -1), head, targets, stats, numbers, plan)
     inputs = (hidden, weight, bias)
     gradients = [
@@ -210,25 +214,25 @@ def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None
     return gradients
 
 
-def _linear_forward(head: list[Tensor | None], targets, varying, numbers, needs: list[bool], plan: LinearPlan):  # noqa: PLR0913
+def _linear_forward(head: Head, targets, varying, numbers, needs: list[bool], plan: LinearPlan):  # noqa: PLR0913
+    chunk_rows = plan.options.chunk_rows or 0
     if plan.shard is None:
         return ops.linear_forward(
-            *head, targets, plan.weights, needs, plan.chunk_rows, *plan.spec, plan.backend, numbers, varying
+            *head, targets, plan.weights, needs, chunk_rows, *plan.spec, plan.backend, numbers, varying
         )
     with torch.autocast(head[0].device.type, enabled=False):
-        return linear_chunks.forward(
-            Head(*head), targets, plan.shard, plan.spec, plan.weights, Needs(*needs), plan.chunk_rows
-        )
+        return linear_chunks.forward(head, targets, plan.shard, plan.spec, plan.weights, Needs(*needs), chunk_rows)
 
 
-def _linear_backward(grad_terms: Tensor, head: list[Tensor | None], targets, stats, numbers, plan: LinearPlan):  # noqa: PLR0913
+def _linear_backward(grad_terms: Tensor, head: Head, targets, stats, numbers, plan: LinearPlan):  # noqa: PLR0913
+    chunk_rows = plan.options.chunk_rows or 0
     if plan.shard is None:
         return ops.linear_backward(
-            grad_terms, *head, targets, stats, plan.needs, plan.chunk_rows, *plan.spec, plan.backend, numbers
+            grad_terms, *head, targets, stats, plan.needs, chunk_rows, *plan.spec, plan.backend, numbers
         )
     with torch.autocast(head[0].device.type, enabled=False):
         return linear_chunks.backward(
-            grad_terms, Head(*head), targets, stats, plan.shard, plan.spec, Needs(*plan.needs), plan.chunk_rows
+            grad_terms, head, targets, stats, plan.shard, plan.spec, Needs(*plan.needs), chunk_rows
         )
 
 

@@ -20,6 +20,8 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 ALPHA_RANGE = (1.0, 16.0)
 # Below 0.1 the derivative (1-p)**(beta-1) leaves float32 on confident rows; beta = 0 drops the factor altogether.
 BETA_RANGE = (0.1, 16.0)
+# Normal numbers of float32.
+FACTOR_RANGE = (2.0**-126, 2.0**127)
 INT64_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -123,6 +125,36 @@ class CarefConfig:
         return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced, *budget)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How a head makes logits, softcap tanh(logit_scale (hidden weight^T + bias) / softcap), and how many at a time.
+
+    Args:
+        logit_scale: factor of the logits, finite and > 0.
+        softcap: bound of the logits, finite and > 0; ``None`` for none.
+        chunk_rows: rows of logits that exist at a time, >= 1; ``None`` chooses.
+    Raises:
+        TypeError, ValueError: an option has the wrong type, or is out of its range.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    chunk_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        scale = _real("logit_scale", self.logit_scale)
+        cap = 1.0 if self.softcap is None else _real("softcap", self.softcap)
+        factors = {"logit_scale": scale, "softcap": cap, "logit_scale / softcap": scale / cap if cap else math.inf}
+        for name, value in factors.items():
+            if not FACTOR_RANGE[0] <= value <= FACTOR_RANGE[1]:
+                raise ValueError(f"{name} must be finite and > 0 in float32; got {value!r}")
+        rows = self.chunk_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, Integral)):
+            raise TypeError(f"chunk_rows must be an integer or None; got {rows!r} of type {type(rows).__name__}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"chunk_rows must be >= 1 or None; got {rows}")
+
+
 def _check_alpha(alpha: object) -> None:
     low, high = ALPHA_RANGE
     value = _real("alpha", alpha)
@@ -159,4 +191,7 @@ def _real(name: str, value: object) -> float:
             f"{name} must be a Python float or int; got {value!r} of type {type(value).__name__} "
             f"(gradients with respect to {name} are not provided)"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer above the largest float, which no range holds
+        return math.inf

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
 from . import backends
 from .autograd import LinearCarefFunction, LinearPlan
-from .checks import check_floating, check_labels, describe
-from .config import CarefConfig, Reduction
+from .checks import check_floating, check_labels
+from .config import CarefConfig, HeadOptions, Reduction
 from .functional import CarefOutput, divisor_of, name_results, settled
 from .objective import MAX_COLUMNS
 from .sparsity import Sparsity
@@ -33,18 +31,23 @@ def linear_caref_loss(
     vocab_size: int | None = CarefConfig.vocab_size,
     backend: str = CarefConfig.backend,
     return_terms: bool = CarefConfig.return_terms,
-    chunk_rows: int | None = None,
+    logit_scale: float = HeadOptions.logit_scale,
+    softcap: float | None = HeadOptions.softcap,
+    chunk_rows: int | None = HeadOptions.chunk_rows,
 ) -> Tensor | CarefOutput:
-    r"""The CAREF objective of ``logits = hidden @ weight.T + bias``, which are never held.
+    r"""The CAREF objective of ``logits = logit_scale * (hidden @ weight.T + bias)``, which are never held.
 
-    The value and gradients are those of ``caref_loss(F.linear(hidden, weight, bias), labels)``, computed chunk by chunk
-    over the rows that count; the gradients of hidden, weight and bias are made in the same sweep.
+    The value and gradients are those of ``caref_loss(logits, labels)``, computed chunk by chunk over the rows that
+    count; the gradients of hidden, weight and bias are made in the same sweep.
 
     Args:
         hidden: ``(..., D)``, float16, bfloat16, float32 or float64, at least 2-D.
         weight: ``(V, D)``, of the dtype and device of ``hidden``; a tied one gets the gradients of both uses.
         labels: ``(...)``, int32 or int64 class indices, on the device of ``hidden``.
-        bias: ``(V,)`` or ``None``.
+        bias: ``(V,)`` or ``None``; one that requires no gradient is a constant.
+        logit_scale: factor of the logits, finite and > 0 (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
+        softcap: logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, finite and > 0;
+            ``None`` for none (``final_logit_softcapping`` of Gemma 2).
         chunk_rows: rows of logits that exist at a time, >= 1; by default chosen from the memory that they, and the
             gradient of the weight, take.
         alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, reduction, num_items, vocab_size, backend,
@@ -59,10 +62,12 @@ def linear_caref_loss(
         RuntimeError: in the backward of a backward: a second derivative is not provided.
     Precision: the logits of a chunk are rounded to the dtype of ``hidden``, as a head's are; terms, statistics and the
         gradients of weight and bias are accumulated in float32 (float64), whatever that dtype, so their error does not
-        grow with the number of chunks.  Under autocast the products run in its dtype.  Deterministic.
+        grow with the number of chunks.  Under autocast the products run in its dtype.  The scale costs no rounding.
+        A softcap and its derivative are computed in float32 (float64).  Deterministic.
     Memory: one chunk of logits, the gradients of hidden, and float32 for that of the weight; nothing for a frozen
-        weight.  ``reduction="none"``, gradients of single terms, and a second backward through a retained graph
-        compute the logits a second time.
+        weight.  Under a softcap a chunk exists in its dtype and in float32, three times the memory in 16 bits and
+        twice in float32, for which the default takes fewer rows.  ``reduction="none"``, gradients of single terms, and
+        a second backward through a retained graph compute the logits a second time.
     """
     config = CarefConfig(
         alpha=alpha,
@@ -76,17 +81,18 @@ def linear_caref_loss(
         backend=backend,
         return_terms=return_terms,
     )
-    return linear_from_config(hidden, weight, labels, bias, num_items, config, chunk_rows)
+    options = HeadOptions(logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows)
+    return linear_from_config(hidden, weight, labels, bias, num_items, config, options)
 
 
-def linear_from_config(  # noqa: PLR0913
+def linear_from_config(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     num_items: float | Tensor | None,
     config: CarefConfig,
-    chunk_rows: int | None = None,
+    options: HeadOptions,
 ) -> Tensor | CarefOutput:
     """:func:`linear_caref_loss` with its options already in a configuration."""
     dtype = check_head(hidden, weight, bias)
@@ -105,7 +111,7 @@ def linear_from_config(  # noqa: PLR0913
         any_items=divisor.any_items,
         with_terms=config.return_terms,
         needs=needed_gradients(rows, weight, bias),
-        chunk_rows=check_chunk_rows(chunk_rows),
+        options=options,
         dtype=dtype,
     )
     loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, *operands, plan)
@@ -117,17 +123,6 @@ def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
     """Which of the tensors a gradient will be asked for."""
     enabled = torch.is_grad_enabled()
     return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def check_chunk_rows(chunk_rows: int | None) -> int:
-    """``chunk_rows`` as a number, 0 for ``None``."""
-    if chunk_rows is None:
-        return 0
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, Integral):
-        raise TypeError(f"chunk_rows must be an integer or None; got {describe(chunk_rows)}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be >= 1 or None; got {chunk_rows}")
-    return int(chunk_rows)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int = 1) -> torch.dtype:

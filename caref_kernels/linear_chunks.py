@@ -18,6 +18,7 @@ from . import backends
 from .backends.reference import check_labels, labelled
 from .config import RowSpec
 from .objective import NUM_TERMS, accumulation_dtype, statistics_of
+from .partial_rows import blocks
 
 # A chunk shorter than this makes the products slow; one up to SMALL_CHUNK_BYTES is not worth splitting further.
 LEAST_ROWS = 256
@@ -27,14 +28,37 @@ SMALL_CHUNK_BYTES = 64 * 2**20
 ROW_MULTIPLE = 64
 # Columns of the weight's gradient that are upcast together where a product cannot add to float32 by itself.
 TILE_COLUMNS = 4096
+# Elements of a chunk on a device that exist a third time, in float32, where a softcap's derivative is applied.
+TILE_ELEMENTS = 2**24
 
 
 class Head(NamedTuple):
-    """hidden (N, D), weight (V, D), bias (V,) or ``None``, of one dtype and device; logits = hidden weight^T + bias."""
+    """hidden (N, D), weight (V, D), bias (V,) or ``None``, of one dtype and device.
+
+    logits = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), or without a softcap its argument times it.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of a chunk for each of its logits: under a softcap the product and, in float32, what is made of it."""
+        size = self.hidden.element_size()
+        return size if self.softcap is None else size + accumulation_dtype(self.hidden.dtype).itemsize
+
+    def multiply(self, hidden: Tensor, out: Tensor) -> None:
+        """Rows of logits, or of what the tanh gets, into ``out`` (n, V), with one rounding."""
+        factor = self.logit_scale / (self.softcap or 1.0)
+        if self.bias is not None:
+            torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
+        elif factor != 1:
+            torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
+        else:
+            torch.mm(hidden, self.weight.t(), out=out)
 
 
 class Needs(NamedTuple):
@@ -83,6 +107,7 @@ def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0
     which no chunking makes smaller.  Every chunk reads the weight, and reads and writes its gradient, once more, so a
     chunk is as long as memory allows: both parts together a quarter of the logits; or, where the second part alone is
     more than that, the chunk as much as the second part (for a frozen head: as the weight), and at most a quarter.
+    Under a softcap an element of a chunk takes ``Head.logit_bytes``, and a chunk of the same memory has fewer rows.
     """
     columns, features = columns or head.weight.size(0), head.weight.size(1)
     a = head.hidden.element_size()
@@ -92,7 +117,8 @@ def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0
     wanted = quarter - weight_rows
     if wanted < LEAST_ROWS or not trains_weight:
         wanted = min(max(weight_rows, GOOD_ROWS), rows // 4 if trains_weight else quarter)
-    wanted = max(wanted, min(SMALL_CHUNK_BYTES // (a * columns), rows // 2), LEAST_ROWS)
+    wanted = wanted * a // head.logit_bytes
+    wanted = max(wanted, min(SMALL_CHUNK_BYTES // (head.logit_bytes * columns), rows // 2), LEAST_ROWS)
     return min(rows, wanted // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
@@ -105,7 +131,7 @@ def forward(
     needs: Needs,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) that are needed.
+    """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) / logit_scale that are needed.
 
     ``weights`` are those of CE, SCED and KL, numbers or a tensor (3,).  The gradient of hidden has its dtype, those of
     weight and bias the accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
@@ -136,7 +162,7 @@ def backward(
     needs: Needs,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of sum(grad_terms * terms), with the logits computed again; dtypes as in :func:`forward`."""
+    """The gradients of sum(grad_terms * terms) / logit_scale, with the logits computed again; as in :func:`forward`."""
     gradients = _Gradients(head, needs)
     for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
         rows.backward(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows], chunk.logits)
@@ -149,6 +175,26 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # (n, D)
     targets: Tensor | None  # (n,)
     logits: Tensor  # (n, V), in a buffer that the next chunk uses again
+    product: Tensor  # (n, V) in the dtype of the head, likewise: what the tanh of a softcap got; the logits without one
+
+    def gradient(self) -> Tensor:
+        """(n, V) in the dtype of the head, once the logits are overwritten with their gradient; may be called once.
+
+        tanh'(x) = 1 / cosh(x)^2, which keeps its digits where 1 - tanh(x)^2 is the rounding of a 1.
+        """
+        if self.product is self.logits:
+            return self.logits
+        if self.product.dtype == self.logits.dtype:
+            return torch.div(self.logits, self.product.cosh_().square_(), out=self.product)
+        for rows in blocks(self.product, TILE_ELEMENTS):
+            slope = self.product[rows].to(self.logits.dtype).cosh_().square_()
+            self.product[rows] = torch.div(self.logits[rows], slope, out=slope)
+        return self.product
+
+
+def _capped(product: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """softcap tanh(product) into ``out``, whose dtype the arithmetic has."""
+    return out.copy_(product).tanh_().mul_(softcap)
 
 
 def _chunks(
@@ -160,16 +206,18 @@ def _chunks(
         return
     size = min(count, chunk_rows or auto_chunk_rows(count, head, needs.weight, rows.common_columns))
     buffer = head.hidden.new_empty((size, head.weight.size(0)))
+    capped = buffer if head.softcap is None else torch.empty_like(buffer, dtype=accumulation_dtype(buffer.dtype))
     for start in range(0, count, size):
         where = slice(start, min(start + size, count))
         chosen = where if kept is None else kept[where]
         hidden = head.hidden[chosen]
-        logits = buffer[: len(hidden)]
-        if head.bias is None:
-            torch.mm(hidden, head.weight.t(), out=logits)
-        else:
-            torch.addmm(head.bias, hidden, head.weight.t(), out=logits)
-        yield _Chunk(chosen, hidden, None if targets is None else targets[chosen], logits)
+        if _cannot_wait(targets):  # a row that does not count may hold anything, and is multiplied all the same
+            hidden = torch.where(labelled(targets[chosen], spec.ignore_index)[:, None], hidden, 0)
+        logits = product = buffer[: len(hidden)]
+        head.multiply(hidden, product)
+        if head.softcap is not None:
+            logits = _capped(product, head.softcap, capped[: len(hidden)])
+        yield _Chunk(chosen, hidden, None if targets is None else targets[chosen], logits, product)
 
 
 def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
@@ -178,10 +226,14 @@ def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
     On a GPU this waits once for the labels, which costs less than the products of the rows that are left out; a graph
     that is being captured cannot wait and takes all rows.
     """
-    if targets is None or (targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if targets is None or _cannot_wait(targets):
         return None
     kept = labelled(targets, spec.ignore_index).nonzero().squeeze(1)
     return None if kept.numel() == targets.numel() else kept
+
+
+def _cannot_wait(targets: Tensor | None) -> bool:
+    return targets is not None and targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_targets(targets: Tensor, columns: int, spec: RowSpec) -> None:
@@ -204,7 +256,7 @@ class _Gradients:
 
     def add(self, chunk: _Chunk) -> None:
         """Add a chunk whose logits have been overwritten with their gradient."""
-        gradient = chunk.logits
+        gradient = chunk.gradient()
         if self.needs.hidden:
             self._add_hidden(chunk.rows, gradient)
         if self.needs.weight:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .config import CarefConfig
+from .config import CarefConfig, HeadOptions
 from .functional import CarefOutput, caref_from_config, sced_from_config
-from .fused_linear import check_chunk_rows, linear_from_config
+from .fused_linear import linear_from_config
 
 
 class _ConfiguredLoss(nn.Module):
@@ -43,15 +43,26 @@ class LinearCarefLoss(_ConfiguredLoss):
 
     Args:
         config: a :class:`CarefConfig`, or give its fields as keywords.
-        chunk_rows: as in :func:`linear_caref_loss`.
+        logit_scale, softcap, chunk_rows: as in :func:`linear_caref_loss`.
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`linear_caref_loss`.
     """
 
-    def __init__(self, config: CarefConfig | None = None, *, chunk_rows: int | None = None, **options) -> None:
+    def __init__(
+        self,
+        config: CarefConfig | None = None,
+        *,
+        logit_scale: float = HeadOptions.logit_scale,
+        softcap: float | None = HeadOptions.softcap,
+        chunk_rows: int | None = HeadOptions.chunk_rows,
+        **options,
+    ) -> None:
         super().__init__(config, **options)
-        check_chunk_rows(chunk_rows)
-        self.chunk_rows = chunk_rows
+        self.head = HeadOptions(logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows)
+
+    def extra_repr(self) -> str:
+        """The configuration and the options of the head."""
+        return f"{self.config!r}, {self.head!r}"
 
     def forward(
         self,
@@ -62,7 +73,7 @@ class LinearCarefLoss(_ConfiguredLoss):
         num_items: float | Tensor | None = None,
     ) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.linear_caref_loss` for shapes, dtypes, errors, precision and memory."""
-        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.chunk_rows)
+        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.head)
 
 
 class SCEDLoss(_ConfiguredLoss):

@@ -29,7 +29,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward(Tensor logits, Tensor? targets, {_SPEC}) -> (Tensor, Tensor)")
 _library.define(f"backward(Tensor grad_terms, Tensor logits, Tensor? targets, Tensor stats, {_SPEC}) -> Tensor")
 _library.define(f"backward_(Tensor grad_terms, Tensor(a!) logits, Tensor? targets, Tensor stats, {_SPEC}) -> ()")
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float? softcap, Tensor? targets"
 _library.define(
     f"linear_forward({_HEAD}, float[] weights, bool[] needs, int chunk_rows, {_SPEC}, Tensor? varying=None)"
     f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -138,45 +138,53 @@ def _reduce_fake(terms, divisor, weights, per_row, any_items=False, varying=None
     return terms.new_empty(shape[:-1]), terms.new_empty(shape)
 
 
-def _linear_forward(hidden, weight, bias, targets, weights, needs, chunk_rows, *arguments):  # noqa: PLR0913
-    spec, backend, varying = _Call.of(weight.size(0), arguments)
-    head = Head(hidden, weight, bias)
+def _linear_forward(*arguments):
+    head, (targets, weights, needs, chunk_rows, *rest) = _head(arguments)
+    spec, backend, varying = _Call.of(head.weight.size(0), rest)
     weights = weights if varying is None else varying
-    with torch.autocast(hidden.device.type, enabled=False):
+    rows = BackendRows(backend, spec)
+    with torch.autocast(head.hidden.device.type, enabled=False):
         if targets is not None:
-            linear_chunks.check_targets(targets, weight.size(0), spec)
-        return linear_chunks.forward(
-            head, targets, BackendRows(backend, spec), spec, weights, Needs(*needs), chunk_rows
-        )
+            linear_chunks.check_targets(targets, head.weight.size(0), spec)
+        return linear_chunks.forward(head, targets, rows, spec, weights, Needs(*needs), chunk_rows)
 
 
-def _linear_forward_fake(hidden, weight, bias, targets, weights, needs, chunk_rows, *arguments):  # noqa: PLR0913, ARG001
-    dtype = accumulation_dtype(hidden.dtype)
-    rows, columns = hidden.size(0), _num_statistics(arguments)
-    terms = hidden.new_empty((rows, NUM_TERMS), dtype=dtype)
-    stats = hidden.new_empty((rows, columns), dtype=dtype)
-    return terms, stats, *_fake_gradients(hidden, weight, needs)
+def _head(arguments: tuple) -> tuple[Head, tuple]:
+    """The arguments that the operators of a head begin with, and the others."""
+    count = len(Head._fields)
+    return Head(*arguments[:count]), arguments[count:]
 
 
-def _fake_gradients(hidden, weight, needs):
-    dtype = accumulation_dtype(hidden.dtype)
-    shapes = (hidden.shape, hidden.dtype), (weight.shape, dtype), (weight.shape[:1], dtype)
+def _linear_forward_fake(*arguments):
+    head, (_, _, needs, _, *rest) = _head(arguments)
+    dtype = accumulation_dtype(head.hidden.dtype)
+    rows, columns = head.hidden.size(0), _num_statistics(rest)
+    terms = head.hidden.new_empty((rows, NUM_TERMS), dtype=dtype)
+    stats = head.hidden.new_empty((rows, columns), dtype=dtype)
+    return terms, stats, *_fake_gradients(head, needs)
+
+
+def _fake_gradients(head: Head, needs):
+    dtype = accumulation_dtype(head.hidden.dtype)
+    columns = head.weight.shape[:1]
+    shapes = (head.hidden.shape, head.hidden.dtype), (head.weight.shape, dtype), (columns, dtype)
     return tuple(
-        hidden.new_empty(shape, dtype=kind) if need else hidden.new_empty(0)
+        head.hidden.new_empty(shape, dtype=kind) if need else head.hidden.new_empty(0)
         for (shape, kind), need in zip(shapes, needs, strict=True)
     )
 
 
-def _linear_backward(grad_terms, hidden, weight, bias, targets, stats, needs, chunk_rows, *arguments):  # noqa: PLR0913
-    spec, backend, _ = _Call.of(weight.size(0), arguments)
+def _linear_backward(grad_terms, *arguments):
+    head, (targets, stats, needs, chunk_rows, *rest) = _head(arguments)
+    spec, backend, _ = _Call.of(head.weight.size(0), rest)
     rows = BackendRows(backend, spec)
-    head = Head(hidden, weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(head.hidden.device.type, enabled=False):
         return linear_chunks.backward(grad_terms, head, targets, stats, rows, spec, Needs(*needs), chunk_rows)
 
 
-def _linear_backward_fake(grad_terms, hidden, weight, bias, targets, stats, needs, *arguments):  # noqa: PLR0913, ARG001
-    return _fake_gradients(hidden, weight, needs)
+def _linear_backward_fake(grad_terms, *arguments):  # noqa: ARG001
+    head, (_, _, needs, *_) = _head(arguments)
+    return _fake_gradients(head, needs)
 
 
 _IMPLEMENTATIONS = {

@@ -55,9 +55,9 @@ def packed_columns(spec: RowSpec) -> int:
     return groups(spec)[-1][1].stop
 
 
-def blocks(logits: Tensor):
+def blocks(logits: Tensor, device_elements: int = DEVICE_BLOCK_ELEMENTS):
     """Slices of rows."""
-    limit = BLOCK_ELEMENTS.get(logits.device.type, DEVICE_BLOCK_ELEMENTS)
+    limit = BLOCK_ELEMENTS.get(logits.device.type, device_elements)
     size = max(1, limit // max(logits.size(1), 1))
     return [slice(start, start + size) for start in range(0, logits.size(0), size)]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from . import backends
 from .autograd import LinearCarefFunction, LinearPlan, ShardFunction, ShardPlan
 from .checks import check_inplace, check_labels, check_logits
-from .config import CarefConfig, Reduction
+from .config import CarefConfig, HeadOptions, Reduction
 from .functional import CarefOutput, divisor_of, name_results
-from .fused_linear import check_chunk_rows, check_head, needed_gradients
+from .fused_linear import check_head, needed_gradients
 from .objective import MAX_COLUMNS
 from .shards import GroupExchange, ShardRows
 from .sparsity import Sparsity
@@ -144,7 +144,9 @@ def vocab_parallel_linear_caref_loss(
     vocab_size: int | None = CarefConfig.vocab_size,
     backend: str = CarefConfig.backend,
     return_terms: bool = CarefConfig.return_terms,
-    chunk_rows: int | None = None,
+    logit_scale: float = HeadOptions.logit_scale,
+    softcap: float | None = HeadOptions.softcap,
+    chunk_rows: int | None = HeadOptions.chunk_rows,
     reduce_hidden: bool = True,
 ) -> Tensor | CarefOutput:
     r""":func:`caref_kernels.linear_caref_loss` with the rows of the weight spread over the ranks of ``group``.
@@ -153,7 +155,7 @@ def vocab_parallel_linear_caref_loss(
         hidden: ``(..., D)``, the same on all ranks.
         local_weight: ``(V_local, D)``, this rank's rows of the head, in the order of the ranks.
         local_bias: ``(V_local,)`` or ``None``.
-        chunk_rows: as in :func:`linear_caref_loss`, and the same on all ranks.
+        logit_scale, softcap, chunk_rows: as in :func:`linear_caref_loss`, and the same on all ranks.
         reduce_hidden: add the ranks' gradients of ``hidden``, one SUM of its size and dtype in the backward; False
             leaves each rank its part, for a surrounding layer that adds them itself.
         labels, group, the other options: as in :func:`vocab_parallel_caref_loss` and :func:`linear_caref_loss`.
@@ -175,9 +177,9 @@ def vocab_parallel_linear_caref_loss(
     )
     if not isinstance(reduce_hidden, bool):
         raise TypeError(f"reduce_hidden must be True or False; got {reduce_hidden!r}")
-    return _linear_loss(
-        (hidden, local_weight, local_bias), labels, group, num_items, config, (chunk_rows, reduce_hidden)
-    )
+    options = HeadOptions(logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows)
+    head = (hidden, local_weight, local_bias)
+    return _linear_loss(head, labels, group, num_items, config, (options, reduce_hidden))
 
 
 def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config: CarefConfig):
@@ -212,7 +214,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
     divisor = divisor_of(hidden, labels, num_items, config)
     shard = _shard(group, weight.size(0), hidden.device)
     rows = hidden.reshape(-1, hidden.size(-1))
-    chunk_rows, reduce_hidden = choices
+    options, reduce_hidden = choices
     shard_rows = _shard_rows(shard, hidden.new_empty((1, 1), dtype=dtype), config)
     plan = LinearPlan(
         spec=shard_rows.spec,
@@ -222,7 +224,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
         any_items=divisor.any_items,
         with_terms=config.return_terms,
         needs=needed_gradients(rows, weight, bias),
-        chunk_rows=check_chunk_rows(chunk_rows),
+        options=options,
         dtype=dtype,
         shard=shard_rows,
         reduce_hidden=reduce_hidden,

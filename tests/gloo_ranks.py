@@ -123,15 +123,18 @@ def check_head(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
     labels = case_of(dtype)[1]
     identity = "float32_gradient" if dtype == torch.float32 else "bfloat16_head"
     wide = [tensor.double().requires_grad_() for tensor in tensors]
-    for reduction in ("mean", "none"):
-        exact = caref_loss(functional.linear(*wide), labels, reduction=reduction, backend="reference")
+    for reduction, scale, cap in (("mean", 1.0, None), ("none", 1.0, None), ("mean", 0.3, None), ("none", 0.3, 2.0)):
+        logits = scale * functional.linear(*wide)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        exact = caref_loss(logits, labels, reduction=reduction, backend="reference")
         expected = torch.autograd.grad(exact.sum(), wide)
         for chunk_rows in (None, 4):
             hidden, weight, bias = (tensor.clone() for tensor in tensors)
             local = [t.requires_grad_() for t in (hidden, weight[columns], bias[columns])]
             loss = vocab_parallel_linear_caref_loss(
-                local[0], local[1], labels, shard, local[2], reduction=reduction, chunk_rows=chunk_rows
-            )
+                *local[:2], labels, shard, local[2], logit_scale=scale, softcap=cap, reduction=reduction,
+                chunk_rows=chunk_rows,
+            )  # fmt: skip
             check_identity(loss.detach(), exact.detach(), "float32_terms" if dtype == torch.float32 else identity)
             gradients = torch.autograd.grad(loss.sum(), local)
             check_identity(gradients[0], expected[0], identity, "hidden")

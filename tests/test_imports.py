@@ -152,7 +152,7 @@ ARROWS = {
     "sparsity.py": set(),
     "config.py": {"sparsity"},
     "objective.py": {"config", "sparsity"},
-    "linear_chunks.py": {"backends", "config", "objective"},
+    "linear_chunks.py": {"backends", "config", "objective", "partial_rows"},
     "ops.py": {"backends", "config", "linear_chunks", "objective"},
     "partial_rows.py": {"config", "objective"},
     "shards.py": {"backends", "config", "objective", "partial_rows", "sparsity"},

@@ -290,10 +290,10 @@ def test_opcheck_of_heads_C01(backend, needs):
     hidden, weight, bias = (tensor.detach() for tensor in leaves(problem))
     spec = (*CarefConfig().row_spec(33), backend)
     ops = torch.ops.caref_kernels
-    call = (hidden, weight, bias, problem.labels, [1.0, 0.1, 0.1], needs, 4, *spec)
+    call = (hidden, weight, bias, 1.0, None, problem.labels, [1.0, 0.1, 0.1], needs, 4, *spec)
     torch.library.opcheck(ops.linear_forward.default, call)
     terms, stats, *_ = ops.linear_forward(*call)
-    call = (terms + 1, hidden, weight, None, problem.labels, stats, needs, 4, *spec)
+    call = (terms + 1, hidden, weight, None, 1.0, None, problem.labels, stats, needs, 4, *spec)
     torch.library.opcheck(ops.linear_backward.default, call)
 
 

@@ -9,8 +9,8 @@ import cuda_device
 import pytest
 import torch
 
-from caref_kernels import backends, caref_loss
-from caref_kernels.testing import evaluate, make_case
+from caref_kernels import backends, caref_loss, linear_caref_loss
+from caref_kernels.testing import check_identity, evaluate, make_case
 
 
 @pytest.fixture(params=cuda_device.ON_CUDA)
@@ -81,6 +81,34 @@ def test_cuda_graph_replays_on_new_logits(on_cuda, cuda):
     graph.replay()
     for a, b in zip(captured, _step(other_logits, other_labels, on_cuda), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_cuda_graph_of_a_head(on_cuda, cuda, softcap):
+    """A capture cannot wait for the labels: rows that do not count are multiplied, whatever they hold."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(*size, generator=generator).to(cuda, torch.bfloat16) for size in ((64, 32), (500, 32))]
+    labels = torch.randint(500, (64,), generator=generator).to(cuda)
+    labels[::3] = -100
+    tensors[0][::3] = float("nan")
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+
+    def step():
+        loss = linear_caref_loss(*leaves, labels, logit_scale=0.5, softcap=softcap, chunk_rows=16, backend=on_cuda)
+        return (loss, *torch.autograd.grad(loss, leaves))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for ours, other in zip(captured, expected, strict=True):
+        check_identity(ours, other.double(), "bfloat16_head")
+    assert torch.count_nonzero(captured[1][::3]) == 0
 
 
 def test_runs_on_the_current_stream(on_cuda, cuda):

@@ -51,6 +51,7 @@ CALLS = [
     ("P01", _sced(alpha=0.999), ValueError, ALPHA.format("0.999")),
     ("P02", _loss(alpha=NAN), ValueError, ALPHA.format("nan")),
     ("P02", _loss(alpha=INF), ValueError, ALPHA.format("inf")),
+    ("P02", _loss(alpha=10**400), ValueError, ALPHA.format("10000")),
     ("P02", _loss(alpha=17), ValueError, ALPHA.format("17")),
     ("P02", _loss(alpha="2"), TypeError, "alpha " + NUMBER.format("'2'")),
     ("P02", _loss(alpha=True), TypeError, "alpha " + NUMBER.format("True")),
