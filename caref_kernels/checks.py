@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, objective
+from . import backends, dtensors, objective
 
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """A dense, plain floating-point tensor outside torch.func, or a TypeError (NotImplementedError) that says why."""
+def check_floating(name: str, tensor: Tensor, function: str) -> None:
+    """A dense, plain floating-point tensor outside torch.func, or a TypeError (NotImplementedError) that says why.
+
+    ``function`` is the public one whose argument is called ``name``.
+    """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name}: expected a dense torch.Tensor; got {describe(tensor)}")
     if not torch.compiler.is_compiling():
+        if dtensors.is_dtensor(tensor):
+            dtensors.refuse(name, tensor, function)
         if type(tensor).__name__ not in _TENSOR_TYPES:
             raise TypeError(
-                f"{name}: expected a plain torch.Tensor; got the subclass {type(tensor).__name__} "
-                f"(convert it first, for a DTensor with full_tensor())"
+                f"{name}: expected a plain torch.Tensor; got the subclass {type(tensor).__name__} (convert it first)"
             )
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
@@ -30,9 +34,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: dtype must be one of {accepted}; got {tensor.dtype}")
 
 
-def check_logits(name: str, logits: Tensor, least_columns: int = 1) -> None:
+def check_logits(name: str, logits: Tensor, function: str, least_columns: int = 1) -> None:
     """Logits (..., V) of a dtype and size that the kernels take, or an error that says why not."""
-    check_floating(name, logits)
+    check_floating(name, logits, function)
     if logits.dim() < 2 or not least_columns <= logits.size(-1) <= objective.MAX_COLUMNS:
         raise ValueError(
             f"{name}: expected shape (..., V) with at least one leading dimension and V in "
@@ -44,6 +48,8 @@ def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     """The labels as (N,), contiguous; ``of`` names the tensor that they label."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor; got {describe(labels)}")
+    if dtensors.is_dtensor(labels):
+        dtensors.refuse("labels", labels, "")
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels: target must hold class indices (int32 or int64); got {labels.dtype}")
     _check_row_shape("labels", labels, logits, of)
@@ -54,6 +60,8 @@ def check_valid(valid: Tensor, logits: Tensor) -> Tensor:
     """The mask of the rows that count as (N,) bool, contiguous."""
     if not isinstance(valid, Tensor):
         raise TypeError(f"valid: expected a torch.Tensor; got {describe(valid)}")
+    if dtensors.is_dtensor(valid):
+        dtensors.refuse("valid", valid, "")
     if valid.dtype.is_floating_point or valid.dtype.is_complex:
         raise TypeError(f"valid: expected a bool or integer mask; got {valid.dtype}")
     _check_row_shape("valid", valid, logits)

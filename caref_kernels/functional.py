@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, objective
+from . import backends, dtensors, objective
 from .autograd import CarefFunction, Plan
 from .backends.reference import labelled
 from .checks import check_inplace, check_labels, check_logits, check_valid, describe
@@ -157,7 +157,7 @@ def caref_loss(
 
 def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`fused_sced` with its options already in a configuration (the lambdas are not read)."""
-    check_logits("logits", logits)
+    check_logits("logits", logits, "fused_sced")
     mask = None if valid is None else check_valid(valid, logits)
     loss, *_ = _run(logits, mask, num_items, config, (0.0, 1.0, 0.0))
     return loss
@@ -165,7 +165,7 @@ def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Te
 
 def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`caref_loss` with its options already in a configuration."""
-    check_logits("logits", logits)
+    check_logits("logits", logits, "caref_loss")
     labels = check_labels(labels, logits)
     weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
     return name_results(*_run(logits, labels, num_items, config, weights), config)
@@ -280,6 +280,8 @@ def _count(logits: Tensor, targets: Tensor | None, config: CarefConfig, dtype: t
 def _check_num_items(num_items, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
     """The number of items as a tensor, and as a number if it is known without a synchronisation."""
     if isinstance(num_items, Tensor):
+        if dtensors.is_dtensor(num_items):
+            dtensors.refuse("num_items", num_items, "")
         if num_items.dim() != 0 or num_items.dtype.is_complex or num_items.dtype == torch.bool:
             raise ValueError(f"num_items: expected a real 0-D tensor; got {describe(num_items)}")
         if num_items.device.type != "cpu" and num_items.device != logits.device:

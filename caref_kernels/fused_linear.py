@@ -56,8 +56,8 @@ def linear_caref_loss(
         The loss, or :class:`caref_kernels.CarefOutput`; float32 (float64 for float64), in nats.
     Raises:
         IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere such a row is NaN.
-        TypeError: an argument of a wrong type or dtype.
-        ValueError: shapes, dtypes or devices that do not fit (each is named), or a weight that is a shard or empty.
+        TypeError: an argument of a wrong type or dtype; a DTensor, with what to do instead.
+        ValueError: shapes, dtypes or devices that do not fit (each is named), or a weight that is empty.
         NotImplementedError: an explicit backend that cannot run, or a torch.func transform.
         RuntimeError: in the backward of a backward: a second derivative is not provided.
     Precision: the logits of a chunk are rounded to the dtype of ``hidden``, as a head's are; terms, statistics and the
@@ -95,7 +95,7 @@ def linear_from_config(
     options: HeadOptions,
 ) -> Tensor | CarefOutput:
     """:func:`linear_caref_loss` with its options already in a configuration."""
-    dtype = check_head(hidden, weight, bias)
+    dtype = check_head(hidden, weight, bias, "linear_caref_loss")
     labels = check_labels(labels, hidden, "hidden")
     if config.inplace_backward:
         raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
@@ -125,13 +125,18 @@ def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int = 1) -> torch.dtype:
-    """The dtype of the products, after every check of the three tensors; P16, F07."""
-    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, function: str) -> torch.dtype:
+    """The dtype of the products, after every check of the three tensors of ``function``; P16, F07."""
+    least_columns, own = (0, "local_") if function == "vocab_parallel_linear_caref_loss" else (1, "")
+    tensors = {"hidden": hidden, own + "weight": weight} | ({} if bias is None else {own + "bias": bias})
     for name, tensor in tensors.items():
-        _check_not_sharded(name, tensor, least_columns)
-        check_floating(name, tensor)
-    _check_shapes(hidden, weight, bias, least_columns)
+        check_floating(name, tensor, function)
+    if least_columns and weight.numel() == 0:
+        raise ValueError(
+            f"weight has 0 elements, shape {tuple(weight.shape)} (a ZeRO-3 or FSDP shard?): gather it first, e.g. with "
+            f"deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or compute the loss from the logits"
+        )
+    _check_shapes(tensors, least_columns)
     if len({tensor.device for tensor in tensors.values()}) > 1:
         raise ValueError("hidden, weight and bias must be on one device; got " + _each(tensors, "device"))
     is_double = torch.float64 in {tensor.dtype for tensor in tensors.values()}
@@ -144,31 +149,20 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_column
     return hidden.dtype
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int) -> None:
+def _check_shapes(tensors: dict[str, Tensor], least_columns: int) -> None:
+    (_, hidden), (name, weight), *rest = tensors.items()
     if weight.dim() != 2 or not least_columns <= weight.size(0) <= MAX_COLUMNS:
         raise ValueError(
-            f"weight: expected shape (V, D) with V in [{least_columns}, {MAX_COLUMNS}]; got {tuple(weight.shape)}"
+            f"{name}: expected shape (V, D) with V in [{least_columns}, {MAX_COLUMNS}]; got {tuple(weight.shape)}"
         )
     if hidden.dim() < 2 or hidden.size(-1) != weight.size(1):
         raise ValueError(
-            f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a weight of shape "
+            f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a {name} of shape "
             f"{tuple(weight.shape)}; got {tuple(hidden.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape ({weight.size(0)},); got {tuple(bias.shape)}")
-
-
-def _check_not_sharded(name: str, tensor: Tensor, least_columns: int) -> None:
-    if type(tensor).__name__ == "DTensor":
-        raise ValueError(
-            f"{name} is a DTensor, whose parts lie on several devices: use vocab_parallel_linear_caref_loss for a "
-            f"weight sharded over the vocabulary, or gather it first with full_tensor()"
-        )
-    if name == "weight" and least_columns and isinstance(tensor, Tensor) and tensor.numel() == 0:
-        raise ValueError(
-            f"weight has 0 elements, shape {tuple(tensor.shape)} (a ZeRO-3 or FSDP shard?): gather it first, e.g. with "
-            f"deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or compute the loss from the logits"
-        )
+    for name, bias in rest:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: expected shape ({weight.size(0)},); got {tuple(bias.shape)}")
 
 
 def _each(tensors: dict[str, Tensor], attribute: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, dtensors
 from .autograd import LinearCarefFunction, LinearPlan, ShardFunction, ShardPlan
 from .checks import check_inplace, check_labels, check_logits
 from .config import CarefConfig, HeadOptions, Reduction
@@ -184,9 +184,9 @@ def vocab_parallel_linear_caref_loss(
 
 def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config: CarefConfig):
     _check_eager()
-    if type(local_logits).__name__ == "DTensor":
+    if dtensors.is_dtensor(local_logits):
         local_logits, group = _local_part(local_logits, group)
-    check_logits("local_logits", local_logits, least_columns=0)
+    check_logits("local_logits", local_logits, "vocab_parallel_caref_loss", least_columns=0)
     labels = check_labels(labels, local_logits, "local_logits")
     divisor = divisor_of(local_logits, labels, num_items, config)
     shard = _shard(group, local_logits.size(-1), local_logits.device)
@@ -209,7 +209,7 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
 def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, group, num_items, config, choices):  # noqa: PLR0913
     _check_eager()
     hidden, weight, bias = head
-    dtype = check_head(hidden, weight, bias, least_columns=0)
+    dtype = check_head(hidden, weight, bias, "vocab_parallel_linear_caref_loss")
     labels = check_labels(labels, hidden, "hidden")
     divisor = divisor_of(hidden, labels, num_items, config)
     shard = _shard(group, weight.size(0), hidden.device)
@@ -277,12 +277,8 @@ def _local_part(logits: Tensor, group: object) -> tuple[Tensor, VocabShard]:
     if group is not None:
         raise ValueError(f"group must be None for a DTensor, which brings its own; got {group!r}")
     placements, mesh = logits.placements, logits.device_mesh
-    last = logits.dim() - 1
-    if mesh.ndim != 1 or not placements[0].is_shard(last):
-        raise ValueError(
-            f"local_logits: a DTensor must be sharded over its last dimension on a 1-D mesh, [Shard({last})]; got "
-            f"{list(placements)} on a {mesh.ndim}-D mesh (redistribute it first)"
-        )
+    if mesh.ndim != 1 or not placements[0].is_shard(logits.dim() - 1):
+        dtensors.refuse("local_logits", logits, "vocab_parallel_caref_loss")
     columns = logits.size(-1)
     size, rank = mesh.size(), mesh.get_local_rank()
     width = -(-columns // size)  # as DTensor splits: equal parts, the last ones shorter or empty

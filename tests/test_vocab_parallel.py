@@ -12,6 +12,7 @@ from caref_kernels import VocabShard, vocab_parallel_caref_loss, vocab_parallel_
 
 pytest.importorskip("torch.distributed")
 gloo_ranks = pytest.importorskip("gloo_ranks", reason="needs torch built with distributed")
+dtensor_ranks = pytest.importorskip("dtensor_ranks", reason="needs torch built with distributed")
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +20,32 @@ def _server():
     """A process that has imported everything, from which the ranks are forked: they start in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["gloo_ranks"])
+        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["gloo_ranks", "dtensor_ranks"])
         yield
 
 
-@pytest.mark.usefixtures("_server")
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_V01_V05_O04(world, tmp_path):
+def _start(run, world, folder):
     context = torch.multiprocessing.start_processes(
-        gloo_ranks.run,
-        args=(world, str(tmp_path / "store")),
+        run,
+        args=(world, str(folder / "store")),
         nprocs=world,
         join=False,
         start_method="forkserver",
     )
     while not context.join(timeout=120):
         pass
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_V01_V05_O04(world, tmp_path):
+    _start(gloo_ranks.run, world, tmp_path)
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_is_said_about_a_dtensor_works(world, tmp_path):
+    _start(dtensor_ranks.run, world, tmp_path)
 
 
 def test_without_process_group():

@@ -1,0 +1,274 @@
+"""What each process of test_vocab_parallel.py does with DTensors: what a message says is done, and is right."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn import functional
+
+from caref_kernels import (
+    caref_loss,
+    fused_sced,
+    linear_caref_loss,
+    vocab_parallel_caref_loss,
+    vocab_parallel_linear_caref_loss,
+)
+from caref_kernels.testing import check_identity, make_case
+
+ROWS, COLUMNS, FEATURES = 8, 50, 6
+
+
+def run(rank: int, world: int, store: str) -> None:
+    """All checks of one process; an error of any ends them all."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        if world == 4:
+            check_two_dimensions(init_device_mesh("cpu", (2, 2)))
+            return
+        mesh = init_device_mesh("cpu", (world,))
+        check_logits(mesh)
+        check_spread_logits(mesh)
+        check_weights(mesh)
+        check_hidden(mesh)
+        check_rows(mesh)
+        check_fully_shard(mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def refused(call: Callable[[], object], name: str, advice: str) -> None:
+    """The call is refused with this advice, which is not to do the same again."""
+    with pytest.raises(TypeError, match=re.escape(advice)) as caught:
+        call()
+    assert str(caught.value).startswith(f"{name} is a DTensor, placed [")
+
+
+def case():
+    """Logits, labels, a head that makes other logits, and the float64 losses and gradients of both."""
+    logits, labels = make_case("normal_1", ROWS, COLUMNS, seed=1, ignored=2)
+    hidden = make_case("normal_1", ROWS, FEATURES, seed=2).logits
+    weight = make_case("normal_1", COLUMNS, FEATURES, seed=3).logits
+    return logits, labels, hidden, weight
+
+
+def exact(*leaves: Tensor, labels: Tensor):
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    loss = caref_loss(wide[0] if len(wide) == 1 else functional.linear(*wide), labels, backend="reference")
+    return loss.detach(), torch.autograd.grad(loss, wide)
+
+
+def spread(tensor: Tensor, mesh: DeviceMesh, *placements) -> DTensor:
+    return distribute_tensor(tensor, mesh, placements).requires_grad_()
+
+
+def check(loss: Tensor, leaf: DTensor, expected: Tensor, gradient: Tensor, is_part: bool = False) -> None:
+    """The loss, summed over the ranks where each has a part, and the whole gradient of a leaf."""
+    loss.backward()
+    value = loss.detach().clone()
+    if is_part:
+        dist.all_reduce(value)
+    check_identity(value, expected, "float32_terms")
+    check_identity(leaf.grad.full_tensor(), gradient, "float32_gradient")
+
+
+def own(rows: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows of this rank."""
+    return rows.chunk(mesh.size())[mesh.get_local_rank()]
+
+
+def check_logits(mesh: DeviceMesh) -> None:
+    logits, labels, *_ = case()
+    expected, (gradient,) = exact(logits, labels=labels)
+    items = int((labels != -100).sum())
+
+    z = spread(logits, mesh, Shard(1))
+    refused(lambda: caref_loss(z, labels), "logits", "over the ranks: use vocab_parallel_caref_loss(logits, labels)")
+    check(vocab_parallel_caref_loss(z, labels), z, expected, gradient)
+    refused(lambda: fused_sced(z), "logits", "pass logits.full_tensor()")
+    assert torch.isfinite(fused_sced(z.full_tensor()))
+
+    z = spread(logits, mesh, Replicate())
+    refused(lambda: caref_loss(z, labels), "logits", "every rank holds all of it: pass logits.to_local()")
+    check(caref_loss(z.to_local(), labels), z, expected, gradient)
+
+    z = spread(logits, mesh, Shard(0))
+    advice = (
+        "whole rows: pass logits.to_local() and the labels (or valid) of its rows; the number of items of all ranks"
+    )
+    refused(lambda: caref_loss(z, labels), "logits", advice)
+    refused(lambda: fused_sced(z), "logits", advice)
+    check(caref_loss(z.to_local(), own(labels, mesh), num_items=items), z, expected, gradient, is_part=True)
+
+    z = DTensor.from_local(logits / mesh.size(), mesh, [Partial()])
+    refused(lambda: caref_loss(z, labels), "logits", "pass logits.full_tensor()")
+    check_identity(caref_loss(z.full_tensor(), labels), expected, "float32_terms")
+
+
+def check_spread_logits(mesh: DeviceMesh) -> None:
+    """The same for the function that takes a DTensor, if it is spread as it should be."""
+    logits, labels, *_ = case()
+    expected, (gradient,) = exact(logits, labels=labels)
+    items = int((labels != -100).sum())
+    z = spread(logits, mesh, Replicate())
+    advice = "every rank holds all of it: use caref_loss(local_logits.to_local(), labels)"
+    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
+    check(caref_loss(z.to_local(), labels), z, expected, gradient)
+    z = spread(logits, mesh, Shard(0))
+    advice = (
+        "the ranks hold whole rows: call caref_loss with local_logits.to_local() and the labels (or valid) of its rows"
+    )
+    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
+    check(caref_loss(z.to_local(), own(labels, mesh), num_items=items), z, expected, gradient, is_part=True)
+    z = DTensor.from_local(logits / mesh.size(), mesh, [Partial()])
+    advice = "pass local_logits.full_tensor() to caref_loss"
+    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
+    check_identity(caref_loss(z.full_tensor(), labels), expected, "float32_terms")
+
+
+def check_weights(mesh: DeviceMesh) -> None:
+    _, labels, hidden, weight = case()
+    expected, (_, gradient) = exact(hidden, weight, labels=labels)
+    both = linear_caref_loss, vocab_parallel_linear_caref_loss
+
+    w = spread(weight, mesh, Shard(0))
+    for function, name, advice in (
+        (
+            both[0],
+            "weight",
+            "call vocab_parallel_linear_caref_loss with weight.to_local() and the group weight.device_mesh",
+        ),
+        (both[1], "local_weight", "pass local_weight.to_local() and the group local_weight.device_mesh.get_group()"),
+    ):
+        refused(lambda: function(hidden, w, labels), name, advice)  # noqa: B023
+        refused(lambda: function(hidden, w, labels), name, "if fully_shard (FSDP2) shards it")  # noqa: B023
+    check(both[1](hidden, w.to_local(), labels, w.device_mesh.get_group()), w, expected, gradient)
+
+    w = spread(weight, mesh, Replicate())
+    refused(lambda: both[0](hidden, w, labels), "weight", "every rank holds all of it: pass weight.to_local()")
+    advice = "every rank holds all of it: pass local_weight.to_local() to linear_caref_loss"
+    refused(lambda: both[1](hidden, w, labels), "local_weight", advice)
+    check(both[0](hidden, w.to_local(), labels), w, expected, gradient)
+
+    w = spread(weight, mesh, Shard(1))
+    refused(lambda: both[0](hidden, w, labels), "weight", "pass weight.full_tensor()")
+    refused(lambda: both[1](hidden, w, labels), "local_weight", "pass local_weight.full_tensor() to linear_caref_loss")
+    check(both[0](hidden, w.full_tensor(), labels), w, expected, gradient)
+
+    b = spread(torch.zeros(COLUMNS), mesh, Replicate())
+    refused(lambda: both[0](hidden, weight, labels, b), "bias", "every rank holds all of it: pass bias.to_local()")
+    check_identity(both[0](hidden, weight, labels, b.to_local()).detach(), expected, "float32_terms")
+
+
+def check_hidden(mesh: DeviceMesh) -> None:
+    _, labels, hidden, weight = case()
+    expected, (gradient, _) = exact(hidden, weight, labels=labels)
+    items = int((labels != -100).sum())
+    part = own(weight, mesh)
+    h = spread(hidden, mesh, Replicate())
+    for function, matrix in ((linear_caref_loss, weight), (vocab_parallel_linear_caref_loss, part)):
+        advice = "every rank holds all of it: pass hidden.to_local()"
+        refused(lambda: function(h, matrix, labels), "hidden", advice)  # noqa: B023
+        h.grad = None
+        check(function(h.to_local(), matrix, labels), h, expected, gradient)
+
+    h = spread(hidden, mesh, Shard(0))
+    refused(lambda: linear_caref_loss(h, weight, labels), "hidden", "pass hidden.to_local() and the labels of its rows")
+    loss = linear_caref_loss(h.to_local(), weight, own(labels, mesh), num_items=items)
+    check(loss, h, expected, gradient, is_part=True)
+    h = spread(hidden, mesh, Shard(0))
+    refused(lambda: vocab_parallel_linear_caref_loss(h, part, labels), "hidden", "pass hidden.full_tensor()")
+    check(vocab_parallel_linear_caref_loss(h.full_tensor(), part, labels), h, expected, gradient)
+
+    h = spread(hidden, mesh, Shard(1))
+    refused(lambda: linear_caref_loss(h, weight, labels), "hidden", "pass hidden.full_tensor()")
+    check(linear_caref_loss(h.full_tensor(), weight, labels), h, expected, gradient)
+
+
+def check_rows(mesh: DeviceMesh) -> None:
+    """Labels, masks and numbers of items."""
+    logits, labels, hidden, weight = case()
+    expected, _ = exact(logits, labels=labels)
+    whole, parts = (distribute_tensor(labels, mesh, [placement]) for placement in (Replicate(), Shard(0)))
+    advice = "pass labels.to_local() for the rows of this rank, or labels.full_tensor() for all"
+    for rows, text in ((whole, "every rank holds all of it: pass labels.to_local()"), (parts, advice)):
+        refused(lambda: caref_loss(logits, rows), "labels", text)  # noqa: B023
+        refused(lambda: linear_caref_loss(hidden, weight, rows), "labels", text)  # noqa: B023
+    check_identity(caref_loss(logits, whole.to_local()), expected, "float32_terms")
+    check_identity(caref_loss(logits, parts.full_tensor()), expected, "float32_terms")
+    refused(lambda: fused_sced(logits, valid=whole != -100), "valid", "pass valid.to_local()")
+    count = (parts != -100).sum()
+    refused(lambda: caref_loss(logits, labels, num_items=count), "num_items", "pass num_items.full_tensor()")
+    check_identity(caref_loss(logits, labels, num_items=count.full_tensor()), expected, "float32_terms")
+
+
+class Head(nn.Module):
+    """A head whose loss is made where fully_shard has gathered its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, hidden: Tensor, labels: Tensor, items: int) -> Tensor:
+        return linear_caref_loss(hidden, self.weight, labels, num_items=items)
+
+
+def check_fully_shard(mesh: DeviceMesh) -> None:
+    _, labels, hidden, weight = case()
+    expected, (_, gradient) = exact(hidden, weight, labels=labels)
+    head = Head(weight)
+    fully_shard(head, mesh=mesh)
+    rows, targets, items = own(hidden, mesh), own(labels, mesh), int((labels != -100).sum())
+    for function, name in ((linear_caref_loss, "weight"), (vocab_parallel_linear_caref_loss, "local_weight")):
+        for advice in (
+            "no vocabulary-parallel head: compute the loss inside of the module's forward",
+            "caref_kernels.integrations.transformers.apply_caref(model, fuse_head=True)",
+        ):
+            refused(lambda: function(rows, head.weight, targets), name, advice)  # noqa: B023
+    loss = head(rows, targets, items)
+    (loss * mesh.size()).backward()  # FSDP averages
+    value = loss.detach().clone()
+    dist.all_reduce(value)
+    check_identity(value, expected, "float32_terms")
+    check_identity(head.weight.grad.full_tensor(), gradient, "float32_gradient")
+
+
+def check_two_dimensions(mesh: DeviceMesh) -> None:
+    """Rows over the first dimension of the mesh, columns over the second."""
+    logits, labels, hidden, weight = case()
+    expected, (gradient,) = exact(logits, labels=labels)
+    items = int((labels != -100).sum())
+    z = spread(logits, mesh, Shard(0), Shard(1))
+    parts = "{0}.to_local(), the labels of its rows, and {0}.device_mesh.get_group(1)"
+    refused(lambda: caref_loss(z, labels), "logits", "call vocab_parallel_caref_loss with " + parts.format("logits"))
+    advice = "pass " + parts.format("local_logits") + " as group"
+    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
+    targets = labels.chunk(2)[mesh.get_local_rank(0)]
+    loss = vocab_parallel_caref_loss(z.to_local(), targets, z.device_mesh.get_group(1), num_items=items)
+    loss.backward()
+    value = loss.detach().clone()
+    dist.all_reduce(value, group=mesh.get_group(0))
+    check_identity(value, expected, "float32_terms")
+    check_identity(z.grad.full_tensor(), gradient, "float32_gradient")
+
+    w = spread(weight, mesh, Replicate(), Shard(0))
+    advice = (
+        "call vocab_parallel_linear_caref_loss with weight.to_local() and the group weight.device_mesh.get_group(1)"
+    )
+    refused(lambda: linear_caref_loss(hidden, w, labels), "weight", advice)
+    loss = vocab_parallel_linear_caref_loss(hidden, w.to_local(), labels, w.device_mesh.get_group(1))
+    expected, (_, gradient) = exact(hidden, weight, labels=labels)
+    check(loss, w, expected, gradient)
+    w = spread(weight, mesh, Shard(0), Shard(0))
+    refused(lambda: linear_caref_loss(hidden, w, labels), "weight", "pass weight.full_tensor()")
+    check(linear_caref_loss(hidden, w.full_tensor(), labels), w, expected, gradient)
