@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import backends, dtensors
 from .autograd import LinearCarefFunction, LinearPlan, ShardFunction, ShardPlan
+from .backends.reference import labelled
 from .checks import check_inplace, check_labels, check_logits
 from .config import CarefConfig, HeadOptions, Reduction
 from .functional import CarefOutput, divisor_of, name_results
 from .fused_linear import check_head, needed_gradients
 from .objective import MAX_COLUMNS
-from .shards import GroupExchange, ShardRows
+from .shards import GroupExchange, ShardRows, fingerprint
 from .sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -53,17 +54,17 @@ class VocabShard:
         """The shard of a rank that holds ``columns``, where ranks hold the vocabulary in their order.
 
         One small all-gather; make it once, when the weight is sharded, and pass it to every call.  ``device`` is that
-        of the group's tensors ("cuda" for NCCL).
+        of the group's tensors ("cuda" for NCCL).  That the ranks hold different columns is not checked.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
         """
-        dist = _distributed()
-        own = torch.tensor([columns], device=device)
-        sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, own, group)
-        sizes = [int(size) for size in sizes]
-        return cls(group, sum(sizes[: dist.get_rank(group)]), columns, sum(sizes))
+        return cls._of(_gathered([columns], group, device)[:, 0], group)
+
+    @classmethod
+    def _of(cls, sizes: Tensor, group: dist.ProcessGroup | None) -> VocabShard:
+        rank = _distributed().get_rank(group)
+        return cls(group, int(sizes[:rank].sum()), int(sizes[rank]), int(sizes.sum()))
 
 
 def vocab_parallel_caref_loss(
@@ -93,7 +94,9 @@ def vocab_parallel_caref_loss(
         local_logits: ``(..., V_local)``, this rank's columns, in the order of the ranks; as in :func:`caref_loss`
             otherwise.  Or a DTensor sharded over its last dimension (and nothing else), which brings its own group.
         labels: ``(...)``, int32 or int64, among all columns, the same on all ranks.
-        group: process group; ``None`` is the default one.  A :class:`VocabShard` saves the exchange of the sizes.
+        group: process group; ``None`` is the default one.  A :class:`VocabShard` saves the exchange of the sizes, and
+            what goes with it: an error where every rank holds the same columns and no label is beyond them, as when
+            all have whole logits (seen where a corner of 64 by 64 numbers has at least 32 different ones).
         sparsity: exact, from the gathered k largest logits of every rank: one all-gather of (N, max k) values and two
             more sums, and max k is read by the host.  ``EntropyTopK`` without ``k_max`` may ask for many.
         vocab_size: V of U = 1/V; by default the number of columns of all ranks.
@@ -105,6 +108,7 @@ def vocab_parallel_caref_loss(
         IndexError, TypeError, ValueError, NotImplementedError: as in :func:`caref_loss`; on all ranks alike if all are
             called alike, and before anything is exchanged.
         RuntimeError: torch.distributed is not initialised.
+        ValueError: also where the ranks' columns are not parts of one vocabulary, see ``group``.
     Communication: per row one MAX of 4 bytes and one SUM of 80 (alpha 2, beta 1; 56 to 152 for alpha 2 or 4 with beta
         0, 1 or 2); for other exponents a SUM of 32 and one of 16.  None in the backward.
     Precision, Memory: as in :func:`caref_loss`.  The sums run in plain torch, in blocks of rows; the gradient in the
@@ -189,7 +193,7 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
     check_logits("local_logits", local_logits, "vocab_parallel_caref_loss", least_columns=0)
     labels = check_labels(labels, local_logits, "local_logits")
     divisor = divisor_of(local_logits, labels, num_items, config)
-    shard = _shard(group, local_logits.size(-1), local_logits.device)
+    shard = _shard(group, local_logits.size(-1), local_logits, labels, config)
     # The sums see through a negative bit, the kernels of the gradient would not.
     logits = local_logits.resolve_neg().reshape(math.prod(local_logits.shape[:-1]), local_logits.size(-1))
     if config.inplace_backward:
@@ -212,7 +216,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
     dtype = check_head(hidden, weight, bias, "vocab_parallel_linear_caref_loss")
     labels = check_labels(labels, hidden, "hidden")
     divisor = divisor_of(hidden, labels, num_items, config)
-    shard = _shard(group, weight.size(0), hidden.device)
+    shard = _shard(group, weight.size(0), weight, labels, config)
     rows = hidden.reshape(-1, hidden.size(-1))
     options, reduce_hidden = choices
     shard_rows = _shard_rows(shard, hidden.new_empty((1, 1), dtype=dtype), config)
@@ -241,15 +245,33 @@ def _shard_rows(shard: VocabShard, logits: Tensor, config: CarefConfig) -> Shard
     return ShardRows(GroupExchange(shard.group), shard.first_column, shard.total, name, spec, common)
 
 
-def _shard(group: dist.ProcessGroup | VocabShard | None, columns: int, device: torch.device) -> VocabShard:
+def _shard(group, columns: int, part: Tensor, labels: Tensor, config: CarefConfig) -> VocabShard:
+    """The columns of this rank, which are the last dimension of logits and the rows of a weight."""
     dist = _distributed()
-    if not isinstance(group, VocabShard):
-        if not (group is None or isinstance(group, dist.ProcessGroup)):
-            raise TypeError(f"group must be a torch.distributed.ProcessGroup, a VocabShard or None; got {group!r}")
-        return VocabShard.gather(columns, group, device=str(device))
-    if group.columns != columns:
-        raise ValueError(f"group: the VocabShard has {group.columns} columns, but this rank holds {columns}")
-    return group
+    if isinstance(group, VocabShard):
+        if group.columns != columns:
+            raise ValueError(f"group: the VocabShard has {group.columns} columns, but this rank holds {columns}")
+        return group
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, a VocabShard or None; got {group!r}")
+    last = int(labels.masked_fill(~labelled(labels, config.ignore_index), -1).max()) if labels.numel() else -1
+    ranks = _gathered([columns, fingerprint(part), last], group, part.device)
+    if len(ranks) > 1 and bool((ranks == ranks[0]).all()) and ranks[0, 1] and 0 <= last < columns:
+        raise ValueError(
+            f"every rank holds the same {columns} columns, and no label is beyond them: they look like whole logits "
+            f"(or a whole head), which would be taken for {len(ranks)} x {columns} columns: use caref_loss (or "
+            f"linear_caref_loss), or pass a VocabShard as group if equal columns are meant"
+        )
+    return VocabShard._of(ranks[:, 0], group)
+
+
+def _gathered(own: list[int], group: dist.ProcessGroup | None, device: torch.device | str) -> Tensor:
+    """(R, len(own)) int64 on the CPU: the numbers of every rank, in one exchange."""
+    dist = _distributed()
+    numbers = torch.tensor(own, device=device)
+    ranks = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, numbers, group)
+    return torch.stack(ranks).cpu()
 
 
 def _distributed():

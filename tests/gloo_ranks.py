@@ -42,6 +42,7 @@ def run(rank: int, world: int, store: str) -> None:
             check_head(columns, shard, dtype)
         check_counts(columns, shard)
         check_dtensor(world)
+        check_same_columns(world)
         check_refusals(columns, shard)
     finally:
         dist.destroy_process_group()
@@ -184,6 +185,34 @@ def check_dtensor(world: int) -> None:
         check_identity(logits.grad.full_tensor(), expected.gradients["loss"] / 6, "float32_gradient")
         with pytest.raises(ValueError, match=r"group must be None for a DTensor"):
             vocab_parallel_caref_loss(logits, case.labels, dist.group.WORLD)
+
+
+def check_same_columns(world: int) -> None:
+    """Whole logits, or a whole head, on every rank: an error on all of them, from the exchange that there is anyway."""
+    logits, labels = case_of(torch.float32)
+    for whole in (logits, logits.bfloat16(), logits.view(1, *logits.shape)):
+        with recorded() as calls, pytest.raises(ValueError, match=f"taken for {world} x {COLUMNS} columns"):
+            vocab_parallel_caref_loss(whole, labels.view(whole.shape[:-1]))
+        assert calls == [("GATHER", 24)]
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(size, FEATURES, generator=generator) for size in (ROWS, COLUMNS))
+    with pytest.raises(ValueError, match=r"look like whole logits \(or a whole head\).*pass a VocabShard"):
+        vocab_parallel_linear_caref_loss(hidden, weight, labels)
+    # What is no such mistake: said to be meant, labels beyond, nothing to tell the ranks apart by, other numbers.
+    meant = VocabShard.gather(COLUMNS)
+    beyond = torch.where(labels == 202, 203, labels)
+    for part, targets, group in (
+        (logits, labels, meant),
+        (logits, beyond, None),
+        (torch.zeros_like(logits), labels, None),
+        (logits, torch.full_like(labels, -100), None),
+        (logits + dist.get_rank(), labels, None),
+    ):
+        loss = vocab_parallel_caref_loss(part, targets, group, reduction="sum")
+        every = [torch.empty_like(part) for _ in range(world)]
+        dist.all_gather(every, part)
+        expected = caref_loss(torch.cat(every, -1).double(), targets, reduction="sum", backend="reference")
+        check_identity(loss, expected, "float32_terms")
 
 
 def check_refusals(columns: slice, shard: VocabShard) -> None:

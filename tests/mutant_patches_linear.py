@@ -135,6 +135,21 @@ LINEAR: list[Mutant] = [
         ("local-label-equals-ignore-index", "spec = self.spec._replace(ignore_index=IGNORED)", "spec = self.spec"),
     ),
     *mutants(
+        "whole logits on every rank taken for a larger vocabulary, or parts for whole logits",
+        "caref_kernels/vocab_parallel.py",
+        "vocab_parallel",
+        "processes",
+        ("same-columns-accepted", "bool((ranks == ranks[0]).all())", "bool((ranks != ranks).any())"),
+        ("labels-beyond-not-looked-at", "0 <= last < columns:", "0 <= last:"),
+    ),
+    *mutants(
+        "whole logits on every rank taken for a larger vocabulary, or parts for whole logits",
+        SHARDS,
+        "vocab_parallel",
+        "processes",
+        ("zeros-taken-for-the-same", "bits.unique().numel() < LEAST_DIFFERENT", "False"),
+    ),
+    *mutants(
         "a model changed where it must not be",
         HEADS,
         "transformers_heads",
