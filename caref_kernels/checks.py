@@ -44,6 +44,19 @@ def check_logits(name: str, logits: Tensor, function: str, least_columns: int = 
         )
 
 
+def check_order(floating: Tensor, labels: Tensor, rows: Tensor, names: tuple[str, str], signature: str) -> None:
+    """Raise TypeError where ``labels`` and the argument before it can only have been swapped.
+
+    ``rows`` is the argument whose rows the labels number, or would if they were swapped.
+    """
+    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.dim() < 2:
+        return
+    if not isinstance(floating, Tensor) or floating.is_floating_point() or not isinstance(rows, Tensor):
+        return
+    if floating.shape == rows.shape[:-1]:
+        raise TypeError(f"{names[0]} and {names[1]} look swapped: {signature}")
+
+
 def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     """The labels as (N,), contiguous; ``of`` names the tensor that they label."""
     if not isinstance(labels, Tensor):
@@ -72,10 +85,19 @@ def _check_row_shape(name: str, rows: Tensor, logits: Tensor, of: str = "logits"
     if rows.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name}: expected shape {tuple(logits.shape[:-1])} for {of} of shape {tuple(logits.shape)}; "
-            f"got {tuple(rows.shape)}"
+            f"got {tuple(rows.shape)}{_columns_first(name, rows, logits, of)}"
         )
     if rows.device != logits.device:
         raise ValueError(f"{name}: on {rows.device}, but {of} are on {logits.device}")
+
+
+def _columns_first(name: str, rows: Tensor, logits: Tensor, of: str) -> str:
+    """What to do where the rows of ``logits`` are their last dimensions, as cross-entropy of torch wants them."""
+    if of == "hidden" or logits.dim() < 3 or rows.shape != logits.shape[:1] + logits.shape[2:]:
+        return ""
+    if logits.dim() == 3:
+        return f" ({name} of shape (B, T) fit {of} transposed to (B, T, V): pass {of}.transpose(1, 2))"
+    return f" ({name} fit {of} with the vocabulary last: pass {of}.movedim(1, -1))"
 
 
 def check_inplace(logits: Tensor, rows: Tensor) -> None:

@@ -6,13 +6,16 @@ a backend needs to compute one row.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from .sparsity import Budget, Sparsity, check_sparsity
 
+_Class = TypeVar("_Class")
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
@@ -56,6 +59,32 @@ class RowSpec(NamedTuple):
         return spec._replace(k_min=min(self.k_min, columns), k_max=min(self.k_max or columns, columns))
 
 
+def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for the first option that ``owner`` does not have, with the closest one that it has."""
+    known = tuple(known)
+    for name in options:
+        if name not in known:
+            import difflib  # late: for an error alone
+
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise TypeError(f"{owner} has no option {name!r}; {hint}")
+
+
+def _checks_options(owner: type[_Class]) -> type[_Class]:
+    """Class decorator: the constructor of a dataclass says what a misspelt option should have been."""
+    construct, known = owner.__init__, tuple(owner.__dataclass_fields__)
+
+    @functools.wraps(construct)
+    def __init__(self, *values, **options) -> None:
+        check_options(owner.__name__, options, known)
+        construct(self, *values, **options)
+
+    owner.__init__ = __init__
+    return owner
+
+
+@_checks_options
 @dataclass(frozen=True, kw_only=True)
 class CarefConfig:
     r"""Options of :func:`caref_kernels.caref_loss`, checked once, immutable and picklable.
@@ -75,7 +104,8 @@ class CarefConfig:
         inplace_backward: write the gradient into the memory of the logits.
         return_terms: return :class:`caref_kernels.CarefOutput` instead of the loss alone.
     Raises:
-        TypeError: an option has the wrong type (tensors included: no gradient with respect to an option is provided).
+        TypeError: there is no option of that name, or it has the wrong type (tensors included: no gradient with
+            respect to an option is provided).
         ValueError: an option is out of its range.  Every message names the option, its value and the range.
     """
 

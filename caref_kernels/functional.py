@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, dtensors, objective
 from .autograd import CarefFunction, Plan
 from .backends.reference import labelled
-from .checks import check_inplace, check_labels, check_logits, check_valid, describe
+from .checks import check_inplace, check_labels, check_logits, check_order, check_valid, describe
 from .config import CarefConfig, Reduction, RowSpec
 from .sparsity import Sparsity
 
@@ -165,6 +165,7 @@ def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Te
 
 def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`caref_loss` with its options already in a configuration."""
+    check_order(logits, labels, labels, ("logits", "labels"), "caref_loss takes (logits, labels)")
     check_logits("logits", logits, "caref_loss")
     labels = check_labels(labels, logits)
     weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends
 from .autograd import LinearCarefFunction, LinearPlan
-from .checks import check_floating, check_labels
+from .checks import check_floating, check_labels, check_order
 from .config import CarefConfig, HeadOptions, Reduction
 from .functional import CarefOutput, divisor_of, name_results, settled
 from .objective import MAX_COLUMNS
@@ -95,6 +95,7 @@ def linear_from_config(
     options: HeadOptions,
 ) -> Tensor | CarefOutput:
     """:func:`linear_caref_loss` with its options already in a configuration."""
+    check_arguments(hidden, weight, labels, "linear_caref_loss takes (hidden, weight, labels)")
     dtype = check_head(hidden, weight, bias, "linear_caref_loss")
     labels = check_labels(labels, hidden, "hidden")
     if config.inplace_backward:
@@ -123,6 +124,17 @@ def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
     """Which of the tensors a gradient will be asked for."""
     enabled = torch.is_grad_enabled()
     return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, signature: str) -> None:
+    """Raise an error where two arguments can only have been swapped; ``signature`` says their order."""
+    name = "local_weight" if "local_weight" in signature else "weight"
+    check_order(weight, labels, hidden, ("labels", name), signature)
+    if not all(isinstance(tensor, Tensor) for tensor in (hidden, weight, labels)) or weight.dim() < 2:
+        return
+    has_rows, is_weight = hidden.shape[:-1] == labels.shape, hidden.dim() == 2 and hidden.size(1) == weight.size(-1)
+    if is_weight and not has_rows and weight.shape[:-1] == labels.shape:
+        raise ValueError(f"hidden and {name} look swapped: {signature}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, function: str) -> torch.dtype:
@@ -155,10 +167,12 @@ def _check_shapes(tensors: dict[str, Tensor], least_columns: int) -> None:
         raise ValueError(
             f"{name}: expected shape (V, D) with V in [{least_columns}, {MAX_COLUMNS}]; got {tuple(weight.shape)}"
         )
+    is_transposed = hidden.dim() == 3 and hidden.size(1) == weight.size(1)
+    hint = " (hidden of shape (B, D, T): pass hidden.transpose(1, 2))" if is_transposed else ""
     if hidden.dim() < 2 or hidden.size(-1) != weight.size(1):
         raise ValueError(
             f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a {name} of shape "
-            f"{tuple(weight.shape)}; got {tuple(hidden.shape)}"
+            f"{tuple(weight.shape)}; got {tuple(hidden.shape)}{hint}"
         )
     for name, bias in rest:
         if bias.shape != weight.shape[:1]:

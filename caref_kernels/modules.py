@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
-from .config import CarefConfig, HeadOptions
+from .config import CarefConfig, HeadOptions, check_options
 from .functional import CarefOutput, caref_from_config, sced_from_config
 from .fused_linear import linear_from_config
 
 
 class _ConfiguredLoss(nn.Module):
     config: CarefConfig
+    _OPTIONS = tuple(field.name for field in dataclasses.fields(CarefConfig))  # and what else the module has
 
     def __init__(self, config: CarefConfig | None = None, **options) -> None:
         super().__init__()
+        check_options(type(self).__name__, options, self._OPTIONS)
         if config is not None and options:
             raise TypeError(f"give either a CarefConfig or options, not both; got {sorted(options)} besides the config")
         if config is not None and not isinstance(config, CarefConfig):
@@ -47,6 +51,8 @@ class LinearCarefLoss(_ConfiguredLoss):
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`linear_caref_loss`.
     """
+
+    _OPTIONS = (*_ConfiguredLoss._OPTIONS, *(field.name for field in dataclasses.fields(HeadOptions)))
 
     def __init__(
         self,
@@ -91,6 +97,7 @@ class SCEDLoss(_ConfiguredLoss):
         fixed = [name for name in self._FIXED if name in options]
         if fixed:
             raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")
+        check_options("SCEDLoss", options, (name for name in self._OPTIONS if name not in self._FIXED))
         super().__init__(config, **options) if config is not None else super().__init__(lambda_sced=1.0, **options)
 
     def forward(self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None) -> Tensor:

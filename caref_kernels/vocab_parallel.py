@@ -12,10 +12,10 @@ from torch import Tensor
 from . import backends, dtensors
 from .autograd import LinearCarefFunction, LinearPlan, ShardFunction, ShardPlan
 from .backends.reference import labelled
-from .checks import check_inplace, check_labels, check_logits
+from .checks import check_inplace, check_labels, check_logits, check_order
 from .config import CarefConfig, HeadOptions, Reduction
 from .functional import CarefOutput, divisor_of, name_results
-from .fused_linear import check_head, needed_gradients
+from .fused_linear import check_arguments, check_head, needed_gradients
 from .objective import MAX_COLUMNS
 from .shards import GroupExchange, ShardRows, fingerprint
 from .sparsity import Sparsity
@@ -188,6 +188,8 @@ def vocab_parallel_linear_caref_loss(
 
 def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config: CarefConfig):
     _check_eager()
+    signature = "vocab_parallel_caref_loss takes (local_logits, labels)"
+    check_order(local_logits, labels, labels, ("local_logits", "labels"), signature)
     if dtensors.is_dtensor(local_logits):
         local_logits, group = _local_part(local_logits, group)
     check_logits("local_logits", local_logits, "vocab_parallel_caref_loss", least_columns=0)
@@ -213,6 +215,7 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
 def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, group, num_items, config, choices):  # noqa: PLR0913
     _check_eager()
     hidden, weight, bias = head
+    check_arguments(hidden, weight, labels, "vocab_parallel_linear_caref_loss takes (hidden, local_weight, labels)")
     dtype = check_head(hidden, weight, bias, "vocab_parallel_linear_caref_loss")
     labels = check_labels(labels, hidden, "hidden")
     divisor = divisor_of(hidden, labels, num_items, config)

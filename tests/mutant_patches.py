@@ -12,6 +12,7 @@ COMPILED_CALLS = "caref_kernels/backends/compiled.py"
 AUTOGRAD = "caref_kernels/autograd.py"
 OPS = "caref_kernels/ops.py"
 FUNCTIONAL = "caref_kernels/functional.py"
+CHECKS = "caref_kernels/checks.py"
 TRANSFORMERS = "caref_kernels/integrations/transformers.py"
 
 
@@ -181,6 +182,42 @@ ROWS = [
         ("label-v-accepted", "((labels < 0) | (labels >= columns))", "((labels < 0) | (labels > columns))"),
         ("label-wrapped-to-int32", "    wrong = ((labels", "    labels = labels.int()\n    wrong = ((labels"),
         ("label-checked-by-assertion", "    if bool(wrong.any()):", "    if __debug__ and bool(wrong.any()):"),
+    ),
+    *mutants(
+        "ignore_index wrapped to the 32 bits of the labels",
+        REFERENCE,
+        "labels shards",
+        "cannot_hold",
+        ("ignore-index-wraps", "return labels.long() != ignore_index", "return labels != ignore_index"),
+    ),
+    *mutants(
+        "written in place where something else is lost",
+        CHECKS,
+        "inplace validation",
+        "inplace",
+        ("overlapping-rows-written", "            if stride <= reach:\n", "            if stride == 0:\n"),
+        (
+            "batches-of-overlapping-rows-written",
+            "            reach += stride * (size - 1)",
+            "            reach = stride",
+        ),
+        ("negated-rows-written", "    if logits.is_neg():\n", "    if False:\n"),
+        ("hooks-not-seen", "    if saves and torch", "    if False and torch"),
+    ),
+    *mutants(
+        "written in place where something else is lost",
+        AUTOGRAD,
+        "inplace",
+        "two_threads",
+        ("two-passes-write", "    if _taken(ctx.intact) is None:\n", "    if False:\n"),
+    ),
+    *mutants(
+        "a mistake named that was not made",
+        CHECKS,
+        "hints",
+        "",
+        ("any-shape-is-transposed", "or rows.shape != logits.shape[:1] + logits.shape[2:]:", "or rows.dim() < 2:"),
+        ("any-integers-are-labels", "    if floating.shape == rows.shape[:-1]:\n", "    if True:\n"),
     ),
     *mutants(
         "sums in the dtype of the rows",
