@@ -59,7 +59,7 @@ class CarefModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def main(argv=None, **trainer_options):
+def main(argv=None):
     args = options(__doc__, argv)
     model = apply_caref(causal_model(args.model), lambda_sced=0.1, lambda_kl=0.1, fuse_head=args.fuse_head)
     trainer = pl.Trainer(
@@ -69,11 +69,11 @@ def main(argv=None, **trainer_options):
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
-        **trainer_options,
     )
     trainer.fit(CarefModule(model.train(), args.lr))
-    print("mean loss:", trainer.callback_metrics["loss"].item())
-    return model, [trainer.callback_metrics["loss"].item()]
+    losses = [trainer.callback_metrics["loss"].item()]
+    print("mean loss:", losses)
+    return model, losses
 
 
 if __name__ == "__main__":
