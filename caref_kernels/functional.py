@@ -23,8 +23,9 @@ class CarefOutput(NamedTuple):
     """The loss and its terms, all reduced alike; shapes () for "mean" and "sum", those of the labels for "none".
 
     ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weigh the terms itself;
-    ``entropy`` (nats) is not: it is ``log V - kl``.  ``support`` is k_t, the number of tokens in a row's mask; ``None``
-    without ``sparsity``.
+    ``entropy`` (nats) is not: it is ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of several,
+    is that of the label; ``None`` where ranks share the row.  ``support`` is k_t, the number of tokens in a row's mask;
+    ``None`` without ``sparsity``.
     """
 
     loss: Tensor
@@ -32,6 +33,7 @@ class CarefOutput(NamedTuple):
     sced: Tensor
     kl: Tensor
     entropy: Tensor
+    accuracy: Tensor | None = None
     support: Tensor | None = None
 
 
@@ -130,7 +132,7 @@ def caref_loss(
         lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
         lambda_kl: weight of KL, finite and >= 0.
         ignore_index: label of the rows that are left out of every term.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, support) from the same pass.
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, support).
         alpha, beta, sparsity, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
     Returns:
         The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats.
@@ -169,22 +171,29 @@ def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor 
     check_logits("logits", logits, "caref_loss")
     labels = check_labels(labels, logits)
     weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
-    return name_results(*_run(logits, labels, num_items, config, weights), config)
+    return name_results(*_run(logits, labels, num_items, config, weights), labels, config)
 
 
-def name_results(loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, config: CarefConfig):
-    """The loss, or the loss with its terms, as the configuration asks."""
+def name_results(  # noqa: PLR0913
+    loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, targets: Tensor | None, config: CarefConfig
+):
+    """The loss, or the loss with its terms, as the configuration asks; without ``targets`` there is no accuracy."""
     if not config.return_terms:
         return loss
     shape = loss.shape
-    entropy = objective.entropy(*(stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift")))
-    observed = [entropy]
+    residual, mean_shift, argmax = (
+        stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift", "argmax")
+    )
+    observed = {"entropy": objective.entropy(residual, mean_shift)}
+    if targets is not None:
+        is_correct = (argmax == targets) & labelled(targets, config.ignore_index)
+        observed["accuracy"] = is_correct.to(stats.dtype)
     if config.sparsity is not None:
-        observed.append(stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")])
+        observed["support"] = stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")]
     if config.reduction != "none":
-        observed = [divisor.divide(value.sum()) for value in observed]
-    values = (*terms.unbind(-1), *observed)
-    return CarefOutput(loss, *(value.reshape(shape) for value in values))
+        observed = {name: divisor.divide(value.sum()) for name, value in observed.items()}
+    observed = {name: value.reshape(shape) for name, value in observed.items()}
+    return CarefOutput(loss, *(value.reshape(shape) for value in terms.unbind(-1)), **observed)
 
 
 def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):

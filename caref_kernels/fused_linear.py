@@ -117,7 +117,7 @@ def linear_from_config(
     )
     loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, *operands, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
-    return name_results(loss, terms, stats, divisor, config)
+    return name_results(loss, terms, stats, divisor, labels, config)
 
 
 def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:

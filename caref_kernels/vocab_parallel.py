@@ -209,7 +209,7 @@ def _logits_loss(local_logits: Tensor, labels: Tensor, group, num_items, config:
     )
     loss, terms, stats = ShardFunction.apply(logits, labels, divisor.value, plan)
     loss = loss.reshape(local_logits.shape[:-1]) if plan.per_row else loss
-    return name_results(loss, terms, stats, divisor, config)
+    return name_results(loss, terms, stats, divisor, None, config)
 
 
 def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, group, num_items, config, choices):  # noqa: PLR0913
@@ -238,7 +238,7 @@ def _linear_loss(head: tuple[Tensor, Tensor, Tensor | None], labels: Tensor, gro
     )
     loss, terms, stats = LinearCarefFunction.apply(rows, weight, bias, labels, divisor.value, None, None, plan)
     loss = loss.reshape(hidden.shape[:-1]) if plan.per_row else loss
-    return name_results(loss, terms, stats, divisor, config)
+    return name_results(loss, terms, stats, divisor, None, config)
 
 
 def _shard_rows(shard: VocabShard, logits: Tensor, config: CarefConfig) -> ShardRows:
