@@ -110,7 +110,7 @@ LOSSES: dict[str, str] = {
     "cross-entropy": "F.cross_entropy in float32",
     "eager": "CAREF composed in plain PyTorch, on the rows that count",
     "fused": "CarefLoss on the model's logits",
-    "fused-head": "fused_head: the head and its loss, without logits",
+    "fused-head": "apply_caref(model, fuse_head=True): the head and its loss, without logits",
 }
 
 
@@ -118,10 +118,14 @@ LOSSES: dict[str, str] = {
 def step_loss(name: str, model: nn.Module) -> Iterator[StepLoss]:
     """The loss called ``name`` for ``model``, which is changed inside the ``with`` by "fused-head" alone."""
     if name == "fused-head":
-        from caref_kernels.integrations.transformers_heads import fused_head
+        from caref_kernels.integrations.transformers import apply_caref, remove_caref
 
-        with fused_head(model) as head:
-            yield lambda model, inputs, labels: head.loss(model(**inputs), labels, shift=False)  # labels are aligned
+        apply_caref(model, fuse_head=True)
+        try:
+            # The labels are aligned with the logits.
+            yield lambda model, inputs, labels: model(**inputs, labels=labels, shift_labels=labels).loss
+        finally:
+            remove_caref(model)
         return
     losses = {"cross-entropy": _cross_entropy, "eager": _eager, "fused": _caref}
     with nullcontext():

@@ -13,7 +13,6 @@ AUTOGRAD = "caref_kernels/autograd.py"
 OPS = "caref_kernels/ops.py"
 FUNCTIONAL = "caref_kernels/functional.py"
 CHECKS = "caref_kernels/checks.py"
-TRANSFORMERS = "caref_kernels/integrations/transformers.py"
 
 
 class Mutant(NamedTuple):
@@ -336,14 +335,6 @@ ROWS = [
             "(rows.stride(0), rows.stride(1)) if",
             "(rows.size(1) * rows.stride(1), rows.stride(1)) if",
         ),
-    ),
-    *mutants(
-        "the loss in a Trainer scaled or aligned wrongly",
-        TRANSFORMERS,
-        "transformers",
-        "accumulation_equals or num_items or shift_follows",
-        ("trainer-divisor-ignored", "out = self._loss(logits, labels, num_items)", "out = self._loss(logits, labels)"),
-        ("trainer-labels-not-shifted", "(0, 1), value=TRAINER_IGNORE_INDEX)[..., 1:]", "(0, 0))"),
     ),
     *mutants(
         "none", OBJECTIVE, "oracle", "tied_maxima and reference", ("control", "e^y is 0 there", "e^y is zero there")

@@ -1,4 +1,4 @@
-"""Mutants of fused heads, sharded vocabularies and the heads of transformers models."""
+"""Mutants of fused heads and sharded vocabularies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ CHUNKS = "caref_kernels/linear_chunks.py"
 FUSED_LINEAR = "caref_kernels/fused_linear.py"
 PARTIAL_ROWS = "caref_kernels/partial_rows.py"
 SHARDS = "caref_kernels/shards.py"
-HEADS = "caref_kernels/integrations/transformers_heads.py"
 
 LINEAR: list[Mutant] = [
     *mutants(
@@ -148,30 +147,5 @@ LINEAR: list[Mutant] = [
         "vocab_parallel",
         "processes",
         ("zeros-taken-for-the-same", "bits.unique().numel() < LEAST_DIFFERENT", "False"),
-    ),
-    *mutants(
-        "a model changed where it must not be",
-        HEADS,
-        "transformers_heads",
-        "untouched or whole or order",
-        ("fused-in-evaluation", "(model.training and torch.is_grad_enabled())", "torch.is_grad_enabled()"),
-        ("fused-in-generation", "(model.training and torch.is_grad_enabled())", "model.training"),
-        ("head-not-restored", "            del head.forward\n", "            pass\n"),
-        ("bias-not-restored", "            if bias is not None:\n", "            if False:\n"),
-        ("frozen-copy-of-the-head", "head.modules_to_save[adapters[0]] if", "head.original_module if"),
-    ),
-    *mutants(
-        "something done to the logits that the fused head misses",
-        HEADS,
-        "transformers_heads",
-        "known_head or cannot_be_fused or check_notices or autocast",
-        (
-            "constant-bias-lost",
-            "        if self._bias_name is None:\n            return",
-            "        if True:\n            return",
-        ),
-        ("softcap-accepted", "    if cap is not None:\n", "    if False:\n"),
-        ("head-unchecked", "        if not error <= allowed:\n", "        if False:\n"),
-        ("head-in-float32", "dtype=dtype, enabled=enabled)", "dtype=dtype, enabled=False)"),
     ),
 ]

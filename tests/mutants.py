@@ -29,12 +29,13 @@ from mutant_patches_compiled import COMPILED
 from mutant_patches_cuda import CUDA
 from mutant_patches_evidence import EVIDENCE
 from mutant_patches_harness import HARNESS
+from mutant_patches_integrations import INTEGRATIONS
 from mutant_patches_linear import LINEAR
 from mutant_patches_sparsity import SPARSE
 from mutant_patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
-_ALL = [*PYTHON, *LINEAR, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
+_ALL = [*PYTHON, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2

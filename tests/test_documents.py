@@ -132,7 +132,8 @@ def test_python_blocks_run(block, reader, tmp_path):
         reader["made"] = lambda: tiny_trainers.make_trainer("t5", tmp_path, seq2seq=True)
         batch = tiny_trainers.make_data("t5")[:3]
         inputs = {name: torch.stack([one[name] for one in batch]) for name in batch[0]}
-        reader |= {"model": tiny_trainers.make_model("t5").train(), "labels": inputs.pop("labels"), "inputs": inputs}
+        reader |= {"model": tiny_trainers.make_model("t5").train(), "batch": dict(inputs), "items": 3}
+        reader |= {"labels": inputs.pop("labels"), "inputs": inputs}
     source, replaced = TRAINER.subn("trainer = made()", block)
     assert replaced == block.count(", ...)")
     exec(compile(source, "README.md", "exec"), reader)

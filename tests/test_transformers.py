@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from caref_kernels import CarefConfig, backends, caref_loss
+from caref_kernels import CarefConfig, backends
 from caref_kernels.testing import IDENTITIES, check_identity
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -19,12 +15,7 @@ peft = pytest.importorskip("peft")
 
 from tiny_trainers import MODELS, VOCABULARY, make_trainer  # noqa: E402 - after the guards above
 
-from caref_kernels.integrations.transformers import (  # noqa: E402
-    TERMS,
-    CarefTrainerCallback,
-    CarefTrainerLoss,
-    attach_caref,
-)
+from caref_kernels.integrations.transformers import TERMS, apply_caref, attach_caref  # noqa: E402
 
 # PEFT reads an attribute that transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -82,10 +73,10 @@ def test_accumulation_equals_one_batch(kind, lora, tmp_path):
 def test_accumulation_with_a_mean_per_micro_batch_differs(tmp_path):
     """The comparison above would notice a loss that ignores num_items_in_batch."""
     one = make_trainer("t5", tmp_path)
-    attach_caref(one, backend=BACKEND)
     many = make_trainer("t5", tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    loss = attach_caref(many, backend=BACKEND)
-    many.compute_loss_func = lambda outputs, labels, num_items_in_batch: loss(outputs, labels) / 4
+    for trainer in (one, many):
+        attach_caref(trainer, backend=BACKEND)
+    many.model_accepts_loss_kwargs = False
     assert (trained_parameters(one) - trained_parameters(many)).abs().max() > 1e3 * IDENTITIES["float32"]
 
 
@@ -143,27 +134,70 @@ def test_evaluation_uses_the_same_loss(kind, tmp_path):
     check_record(records_with(trainer, "loss")[0])
 
 
-def test_generation_reports_the_models_own_loss(tmp_path):
+def test_generation_reports_the_same_loss(tmp_path):
     trainer = make_trainer("t5", tmp_path, seq2seq=True, predict_with_generate=True, generation_max_length=10)
     attach_caref(trainer, backend=BACKEND)
-    check_record(trainer.evaluate(), "eval_")
+    expected = trainer.evaluate()
+    check_record(expected, "eval_")
     trainer.compute_metrics = lambda prediction: {"length": float(prediction.predictions.shape[1])}
     metrics = trainer.evaluate()
     assert metrics["eval_length"] > 1
-    assert "eval_loss" in metrics
-    assert "eval_ce" not in metrics
+    check_record(metrics, "eval_")
+    check_identity(torch.tensor(metrics["eval_loss"]), torch.tensor(expected["eval_loss"]), "float32_terms")
+
+
+def test_a_batch_without_a_label_is_left_out_of_an_evaluation(tmp_path):
+    trainer = make_trainer("llama", tmp_path, per_device_eval_batch_size=8)
+    attach_caref(trainer, backend=BACKEND)
+    data = [dict(example) for example in trainer.eval_dataset]
+    expected = trainer.evaluate(data[:8])
+    for example in data[8:]:
+        example["labels"] = torch.full_like(example["labels"], -100)
+    metrics = trainer.evaluate(data)
+    for name in ("loss", *TERMS):
+        check_identity(torch.tensor(metrics[f"eval_{name}"]), torch.tensor(expected[f"eval_{name}"]), "float32", name)
+
+
+def test_an_evaluation_that_fails_leaves_nothing_behind(tmp_path):
+    trainer = make_trainer("llama", tmp_path)
+    attach_caref(trainer, backend=BACKEND)
+    expected = trainer.evaluate()
+    step = trainer.prediction_step
+    calls = []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    trainer.prediction_step = failing
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.prediction_step = step
+    again = trainer.evaluate()
+    assert all(again[f"eval_{name}"] == expected[f"eval_{name}"] for name in ("loss", *TERMS))
+
+
+def test_a_metric_of_the_user_is_kept(tmp_path):
+    trainer = make_trainer("llama", tmp_path)
+    attach_caref(trainer, backend=BACKEND)
+    trainer.compute_metrics = lambda prediction: {"ce": -1.0}
+    metrics = trainer.evaluate()
+    assert metrics["eval_ce"] == -1.0
+    assert metrics["eval_sced"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor must be 0 .* got 0.1"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0 .* got 0\.1"):
         attach_caref(make_trainer("t5", tmp_path, label_smoothing_factor=0.1))
     trainer = make_trainer("t5", tmp_path)
     attach_caref(trainer)
     trainer.args.label_smoothing_factor = 0.2
-    with pytest.raises(ValueError, match="label_smoothing_factor must be 0 .* got 0.2"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0 .* got 0\.2"):
         trainer.train()
 
 
@@ -176,172 +210,175 @@ def test_a_trainer_it_cannot_serve_is_refused(tmp_path, monkeypatch):
             patch.setattr(trainer, size, lambda: 2)
             with pytest.raises(ValueError, match="parallelism must have size 1, got 2"):
                 attach_caref(trainer)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.args, "_n_gpu", 2)
-        with pytest.raises(ValueError, match=r"args\.n_gpu must be at most 1, got 2"):
-            attach_caref(trainer)
-    loss = attach_caref(trainer)
-    assert trainer.compute_loss_func is loss
-    with pytest.raises(ValueError, match="compute_loss_func must be None"):
-        attach_caref(trainer)
+    for owner, name, value, message in (
+        (trainer.args, "_n_gpu", 2, r"args\.n_gpu must be at most 1, got 2"),
+        (trainer.args, "use_liger_kernel", True, "use_liger_kernel must be False"),
+        (trainer, "compute_loss_func", max, "compute_loss_func must be None: it replaces the model's loss; got <built"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(ValueError, match=message):
+                attach_caref(trainer)
+    assert not hasattr(trainer.model, "_caref")
 
 
-def test_adalora_is_refused(tmp_path):
+@pytest.mark.parametrize("fuse_head", [False, True], ids=["logits", "fused"])
+def test_a_compute_loss_that_never_asks_for_the_loss_is_an_error(fuse_head, tmp_path):
+    class OwnLoss(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    trainer = make_trainer("llama", tmp_path, trainer_class=OwnLoss)
+    attach_caref(trainer, fuse_head=fuse_head)
+    with pytest.raises(RuntimeError, match=r"OwnLoss\.compute_loss never asked the model for its loss"):
+        trainer.train()
+
+
+def test_a_compute_loss_that_asks_for_it_is_served(tmp_path):
+    class Doubled(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    trainer = make_trainer("llama", tmp_path, trainer_class=Doubled)
+    attach_caref(trainer, backend=BACKEND)
+    trainer.train()
+    (record,) = records_with(trainer, "loss")
+    check_record(record | {"loss": record["loss"] / 2})
+
+
+# ------------------------------------------------------------------------------------------------ records and models
+
+
+def test_a_record_of_one_process_needs_no_other(tmp_path, monkeypatch):
+    """A figure that one rank logs by itself must not start a collective."""
     trainer = make_trainer("llama", tmp_path)
-    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1)
-    trainer.model = peft.get_peft_model(trainer.model, config)
-    with pytest.raises(ValueError, match="'default' has peft_type ADALORA"):
-        attach_caref(trainer)
+    attach_caref(trainer, backend=BACKEND)
+    trainer.train()
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda _values: pytest.fail("a collective"))
+    trainer.log({"loss": 1.0})
+    trainer.log({"eval_loss": 1.0})
+    trainer.log({"x_loss": 1.0})
+    assert not any("ce" in record for record in trainer.state.log_history[-3:])
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"reduction": "sum"}, ValueError, "reduction must be 'mean' .* got 'sum'"),
-        ({"ignore_index": 0}, ValueError, "ignore_index must be -100 .* got 0"),
-        ({"shift": "causal"}, ValueError, "shift must be True, False or 'auto'; got 'causal'"),
-        ({"alpha": 0.5}, ValueError, "alpha must be in"),
-        ({"config": CarefConfig(), "alpha": 2.0}, TypeError, "not both"),
-        ({"config": 0.1}, TypeError, "config must be a CarefConfig; got 0.1"),
-    ],
-)
-def test_options_are_checked(options, error, message):
-    with pytest.raises(error, match=message):
-        CarefTrainerLoss(**options)
+def test_a_callback_that_asks_for_a_record_is_served(tmp_path):
+    """The terms are collected after every callback has spoken."""
 
+    class Asking(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log = state.global_step == 3
+            return control
 
-# --------------------------------------------------------------------------------------------- the function itself
-
-
-def make_loss(**options) -> CarefTrainerLoss:
-    loss = CarefTrainerLoss(**{"backend": BACKEND} | options)
-    loss.mark_attached()
-    return loss
-
-
-def make_outputs(causal: bool):
-    torch.manual_seed(3)
-    logits = torch.randn(2, 5, VOCABULARY, requires_grad=True)
-    labels = torch.randint(VOCABULARY, (2, 5))
-    labels[1, 3:] = -100
-    if causal:
-        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits), labels
-    states = torch.zeros(1)
-    return transformers.modeling_outputs.Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=states), labels
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["seq2seq", "causal"])
-def test_shift_follows_the_kind_of_model(causal):
-    outputs, labels = make_outputs(causal)
-    expected = caref_loss(
-        outputs.logits[:, :-1] if causal else outputs.logits, labels[:, 1:] if causal else labels, backend=BACKEND
-    )
-    for shift in ("auto", causal):
-        check_identity(make_loss(shift=shift)(outputs, labels), expected, "float32")
-    check_identity(make_loss(shift=causal)((outputs.logits,), labels), expected, "float32", "tuple")
-    assert abs(make_loss(shift=not causal)(outputs, labels) - expected) > 1e3 * IDENTITIES["float32"]
-
-
-def test_logits_are_passed_whole(monkeypatch):
-    passed = []
-    monkeypatch.setattr(
-        "caref_kernels.modules.caref_from_config",
-        lambda logits, *rest: passed.append(logits) or caref_loss(logits, rest[0], backend=BACKEND, return_terms=True),
-    )
-    outputs, labels = make_outputs(causal=True)
-    make_loss()(outputs, labels)
-    assert len(passed) == 1
-    assert passed[0] is outputs.logits
-
-
-def test_unknown_outputs_are_refused():
-    outputs, labels = make_outputs(causal=True)
-    for unknown in ({"logits": outputs.logits}, (outputs.logits,)):
-        with pytest.raises(ValueError, match="shift='auto' cannot tell .* pass shift=True"):
-            make_loss()(unknown, labels)
-    for empty in ({"logits": None}, ("loss",), (), None):
-        with pytest.raises(TypeError, match="outputs: expected a mapping with a 'logits' tensor"):
-            make_loss(shift=True)(empty, labels)
-    with pytest.raises(ValueError, match="labels: the batch must have a 'labels' tensor .* got None"):
-        make_loss()(outputs, None)
-
-
-@pytest.mark.parametrize("num_items", [4, 4.0, torch.tensor(4), torch.tensor(4.0, dtype=torch.float64)], ids=repr)
-def test_num_items_divides(num_items):
-    outputs, labels = make_outputs(causal=False)
-    total = caref_loss(outputs.logits, labels, reduction="sum", backend=BACKEND)
-    check_identity(make_loss()(outputs, labels, num_items_in_batch=num_items), total / 4, "float32")
-
-
-def test_no_items_count_as_one():
-    outputs, labels = make_outputs(causal=False)
-    nothing = torch.full_like(labels, -100)
-    for zero in (0, torch.tensor(0)):
-        loss = make_loss()(outputs, nothing, num_items_in_batch=zero)
-        assert loss == 0
-        assert torch.autograd.grad(loss, outputs.logits)[0].count_nonzero() == 0
-    assert make_loss()(outputs, nothing).isnan()
-    with pytest.raises(ValueError, match="num_items must be finite and > 0; got -1"):
-        make_loss()(outputs, labels, -1)
-
-
-def test_nothing_is_read_back_between_records():
-    """Tensors of the meta device have no values: any read of one is an error."""
-    loss = make_loss(backend="reference")
-    logits = torch.empty(2, 5, VOCABULARY, device="meta", requires_grad=True)
-    labels = torch.empty(2, 5, dtype=torch.int64, device="meta")
-    outputs = transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
-    for _ in range(2):
-        loss(outputs, labels, torch.empty((), dtype=torch.int64, device="meta")).backward()
-    with torch.no_grad():
-        loss(outputs, labels, torch.empty((), device="meta"))
-    assert loss.train_terms.weight == 2
-    assert loss.eval_terms.weight == 2  # one batch of two examples
-    assert loss.train_terms.total.shape == (len(TERMS),)
-    assert not loss.train_terms.total.requires_grad
-
-
-def test_use_without_attach_warns_once(tmp_path):
-    loss = CarefTrainerLoss(backend=BACKEND)
-    outputs, labels = make_outputs(causal=True)
-    with pytest.warns(RuntimeWarning, match="label_smoothing_factor is not checked"):
-        loss(outputs, labels)
-    loss(outputs, labels)
+    trainer = make_trainer("llama", tmp_path, max_steps=4, logging_strategy="no")
+    attach_caref(trainer, backend=BACKEND)
+    trainer.add_callback(Asking())
+    trainer.train()
+    (record,) = records_with(trainer, "loss")
+    check_record(record)
 
 
 @pytest.mark.parametrize("average", [True, False], ids=["tokens", "processes"])
-def test_terms_are_averaged_over_processes(average):
+def test_terms_are_averaged_over_processes(average, tmp_path, monkeypatch):
     """As the trainer averages its loss: scaled by the processes that share a divisor, then the mean of all."""
-    loss = make_loss()
-    outputs, labels = make_outputs(causal=False)
-    loss(outputs, labels, 7)
+    trainer = make_trainer("llama", tmp_path, average_tokens_across_devices=average)
+    attach_caref(trainer, backend=BACKEND)
     other = torch.tensor([[1.0, 2.0, 3.0, 4.0, 1.0]])
-    accelerator = SimpleNamespace(
-        num_processes=2, device=torch.device("cpu"), gather=lambda mine: torch.cat((mine, other))
-    )
-    args = SimpleNamespace(average_tokens_across_devices=average)
-    trainer = SimpleNamespace(accelerator=accelerator, args=args, get_tp_size=lambda: 1)
-    mine = loss.train_terms.total.tolist()
-    logs = {"loss": 0.0}
-    state = SimpleNamespace(global_step=1, log_history=[{}])
-    CarefTrainerCallback(trainer, loss).on_log(args, state, None, logs=logs)
-    for name, here, there in zip(TERMS, mine, other[0].tolist(), strict=False):
+    seen = []
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: seen.append(mine) or torch.cat((mine, other)))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    trainer.train()
+    (record,) = records_with(trainer, "loss")
+    for name, here, there in zip(TERMS, seen[0][0].tolist(), other[0].tolist(), strict=False):
         expected = (here + there) * (1.0 if average else 0.5)
-        check_identity(torch.tensor(logs[name]), torch.tensor(expected), "float32_terms", name)
-    assert state.log_history[-1]["ce"] == logs["ce"]
+        check_identity(torch.tensor(record[name]), torch.tensor(expected), "float32_terms", name)
 
 
-# ------------------------------------------------------------------------------------------------- the module itself
+@pytest.mark.parametrize("fuse_head", [False, True], ids=["logits", "fused"])
+def test_models_of_model_init_have_the_loss(fuse_head, tmp_path):
+    expected = make_trainer("llama", tmp_path)
+    attach_caref(expected, fuse_head=fuse_head, backend=BACKEND)
+    trainer = make_trainer("llama", tmp_path, model_init=True)
+    attach_caref(trainer, fuse_head=fuse_head, backend=BACKEND)
+    first = trainer.model
+    assert torch.equal(trained_parameters(trainer), trained_parameters(expected))
+    assert trainer.model is not first
+    check_record(records_with(trainer, "loss")[0])
 
 
-def test_transformers_is_imported_by_this_module_alone():
-    code = "import sys, caref_kernels.integrations; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+@pytest.mark.parametrize("fuse_head", [False, True], ids=["logits", "fused"])
+def test_a_resumed_training_equals_an_undisturbed_one(fuse_head, tmp_path):
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer("llama", tmp_path / "whole", **options)
+    attach_caref(whole, fuse_head=fuse_head, backend=BACKEND)
+    expected = trained_parameters(whole)
+    resumed = make_trainer("llama", tmp_path / "resumed", **options)
+    attach_caref(resumed, fuse_head=fuse_head, backend=BACKEND)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    actual = torch.cat([parameter.detach().flatten() for parameter in resumed.model.parameters()])
+    assert torch.equal(actual, expected)
+    for a, b in zip(records_with(whole, "loss"), records_with(resumed, "loss"), strict=True):
+        assert {name: a[name] for name in ("loss", *TERMS)} == {name: b[name] for name in ("loss", *TERMS)}
 
 
-def test_an_old_version_is_refused(monkeypatch):
-    name = "caref_kernels.integrations.transformers"
-    monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.2")
-    with pytest.raises(ImportError, match=r"needs transformers >= 5\.17 .* got 5\.16\.2"):
-        importlib.import_module(name)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+def test_a_compiled_model_in_a_trainer(tmp_path):
+    plain, compiled = (
+        make_trainer(
+            "llama", tmp_path, max_steps=2, torch_compile=flag, torch_compile_backend="aot_eager" if flag else None
+        )
+        for flag in (False, True)
+    )
+    for trainer in (plain, compiled):
+        attach_caref(trainer, backend=BACKEND)
+    assert (trained_parameters(plain) - trained_parameters(compiled)).abs().max() <= 2 * IDENTITIES["float32"]
+    for a, b in zip(records_with(plain, "loss"), records_with(compiled, "loss"), strict=True):
+        for name in ("loss", *TERMS):
+            check_identity(torch.tensor(b[name]), torch.tensor(a[name]), "float32_terms", name)
+
+
+def test_attaching_again_replaces_the_options(tmp_path):
+    trainer = make_trainer("llama", tmp_path)
+    attach_caref(trainer, lambda_sced=9.0, backend=BACKEND)
+    attach_caref(trainer, backend=BACKEND)
+    once = make_trainer("llama", tmp_path)
+    attach_caref(once, backend=BACKEND)
+    assert torch.equal(trained_parameters(trainer), trained_parameters(once))
+    check_record(records_with(trainer, "loss")[0])
+
+
+def test_a_model_that_was_applied_before_trains_in_any_trainer(tmp_path):
+    """Without records, and for T5 with the mean over micro-batches that a Trainer takes of such a model."""
+    plain, ours = make_trainer("llama", tmp_path), make_trainer("llama", tmp_path)
+    attach_caref(ours, backend=BACKEND)
+    apply_caref(plain.model, backend=BACKEND)
+    assert torch.equal(trained_parameters(plain), trained_parameters(ours))
+    assert records_with(plain, "loss")[0]["loss"] == records_with(ours, "loss")[0]["loss"]
+
+
+def test_adalora_keeps_its_regulariser(tmp_path):
+    """PEFT adds it to the model's loss, with and without a fused head."""
+    losses = []
+    for fuse_head, weights in ((False, (0.5, 0.0)), (False, (0.5, 1e-3)), (True, (0.5, 0.0))):
+        trainer = make_trainer("llama", tmp_path)
+        torch.manual_seed(4)
+        config = peft.AdaLoraConfig(
+            task_type="CAUSAL_LM",
+            target_modules=["q_proj"],
+            total_step=10,
+            tinit=1,
+            tfinal=1,
+            orth_reg_weight=weights[0],
+        )
+        trainer.model = trainer.model_wrapped = peft.get_peft_model(trainer.model, config)
+        attach_caref(trainer, fuse_head=fuse_head, lambda_kl=weights[1], backend=BACKEND)
+        trainer.train()
+        (record,) = records_with(trainer, "loss")
+        regulariser = record["loss"] - sum(
+            w * record[name] for w, name in zip((1.0, CarefConfig.lambda_sced, weights[1]), TERMS, strict=False)
+        )
+        losses.append(regulariser)
+    check_identity(torch.tensor(losses), torch.tensor(losses[:1] * 3), "float32_terms")
+    assert losses[0] > 1e3 * IDENTITIES["float32"]

@@ -56,7 +56,7 @@ def make_data(kind: str) -> list[dict[str, torch.Tensor]]:
     return data
 
 
-def make_trainer(kind, folder, *, lora=False, seq2seq=False, **options):
+def make_trainer(kind, folder, *, lora=False, seq2seq=False, model_init=False, trainer_class=None, **options):
     settings = {
         "per_device_train_batch_size": EXAMPLES,
         "per_device_eval_batch_size": 5,
@@ -66,17 +66,18 @@ def make_trainer(kind, folder, *, lora=False, seq2seq=False, **options):
         "lr_scheduler_type": "constant",
         "optim": "sgd",  # Adam would turn the rounding of a zero gradient into a step
         "max_grad_norm": 0.0,
+        "save_strategy": "no",
     }
     arguments = transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments
     args = arguments(
         output_dir=str(folder),
         use_cpu=True,
         report_to="none",
-        save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         **settings | options,
     )
-    trainer_class = transformers.Seq2SeqTrainer if seq2seq else transformers.Trainer
+    trainer_class = trainer_class or (transformers.Seq2SeqTrainer if seq2seq else transformers.Trainer)
     data = make_data(kind)
-    return trainer_class(model=make_model(kind, lora), args=args, train_dataset=data, eval_dataset=data)
+    model = {"model_init": lambda: make_model(kind, lora)} if model_init else {"model": make_model(kind, lora)}
+    return trainer_class(**model, args=args, train_dataset=data, eval_dataset=data)

@@ -173,19 +173,23 @@ class SupportCallback(transformers.TrainerCallback):
     """Adds k_t, the mean of ceil(exp(H)) over the rows of the last micro-batch, to the records of the loss."""
 
     def __init__(self, trainer: transformers.Trainer, causal: bool) -> None:
-        self._trainer, self._causal, self._loss = trainer, causal, trainer.compute_loss_func
+        self._trainer, self._causal, self._compute_loss = trainer, causal, trainer.compute_loss
         self._mean: Tensor | None = None
-        trainer.compute_loss_func = self
+        trainer.compute_loss = self.compute_loss
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The attached loss; in a step that will be logged, also the entropies of its rows, without a gradient."""
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss; in a step that will be logged, also the entropies of its rows, without a gradient."""
+        labels = inputs["labels"]
+        loss, outputs = self._compute_loss(model, inputs, True, num_items_in_batch)
         if (self._trainer.state.global_step + 1) % self._trainer.args.logging_steps == 0:
             logits = outputs["logits"].detach()
             rows = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._causal else labels
             options = {"lambda_sced": 0.0, "lambda_kl": 0.0, "reduction": "none", "return_terms": True}
             entropy = caref_loss(logits, rows.to(logits.device), **options).entropy
             self._mean = support(entropy[rows.to(logits.device) != IGNORED]).mean()
-        return self._loss(outputs, labels, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
         """Extend the record."""
