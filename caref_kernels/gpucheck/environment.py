@@ -150,7 +150,7 @@ def suite(backend: str, seconds: float) -> dict:
 # Of the harness, the integrations, the tools.
 _NOT_ABOUT_KERNELS = (
     "mutants", "gpucheck", "benchmarks", "demo", "smollm2", "private_cache", "data", "house", "imports", "harness",
-    "transformers", "documents", "build",
+    "transformers", "heads", "model_l", "trl", "examples", "count_items", "documents", "build",
 )  # fmt: skip
 
 
