@@ -128,12 +128,14 @@ def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, signature: str) -> None:
     """Raise an error where two arguments can only have been swapped; ``signature`` says their order."""
+    if not all(isinstance(tensor, Tensor) for tensor in (hidden, weight, labels)):
+        return
+    if labels.shape == hidden.shape[:-1]:
+        return
     name = "local_weight" if "local_weight" in signature else "weight"
     check_order(weight, labels, hidden, ("labels", name), signature)
-    if not all(isinstance(tensor, Tensor) for tensor in (hidden, weight, labels)) or weight.dim() < 2:
-        return
-    has_rows, is_weight = hidden.shape[:-1] == labels.shape, hidden.dim() == 2 and hidden.size(1) == weight.size(-1)
-    if is_weight and not has_rows and weight.shape[:-1] == labels.shape:
+    is_weight = hidden.dim() == 2 <= weight.dim() and hidden.size(1) == weight.size(-1)
+    if is_weight and labels.shape == weight.shape[:-1]:
         raise ValueError(f"hidden and {name} look swapped: {signature}")
 
 

@@ -119,12 +119,18 @@ def _reduce(terms, divisor, weights, per_row, any_items=False, varying=None):  #
     if divisor is not None:
         reduced = per_item(reduced, divisor) if any_items else reduced / divisor
     reduced = reduced.to(terms.dtype)
-    # A term of weight 0 may be infinite.
-    if varying is None:
-        weighted = [weight * term for weight, term in zip(weights, reduced.unbind(-1), strict=True) if weight != 0]
-    else:
-        weighted = torch.where(varying == 0, 0, varying * reduced).unbind(-1)
-    return sum(weighted[1:], weighted[0]), reduced
+    w_ce, w_sced, w_kl = weights if varying is None else varying.unbind()
+    ce, sced, kl = _weighted_terms(reduced, weights, varying) if any_items else reduced.unbind(-1)
+    return w_ce * ce + w_sced * sced + w_kl * kl, reduced
+
+
+def _weighted_terms(reduced: Tensor, weights: list[float], varying: Tensor | None):
+    """The terms, and 0 for those of weight 0, which may be infinite where there are no items."""
+    if varying is not None:
+        return torch.where(varying == 0, 0, reduced).unbind(-1)
+    return [
+        term if weight else torch.zeros_like(term) for term, weight in zip(reduced.unbind(-1), weights, strict=True)
+    ]
 
 
 def _sum_rows(terms: Tensor) -> Tensor:

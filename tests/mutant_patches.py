@@ -187,7 +187,7 @@ ROWS = [
         REFERENCE,
         "labels shards",
         "cannot_hold",
-        ("ignore-index-wraps", "return labels.long() != ignore_index", "return labels != ignore_index"),
+        ("ignore-index-wraps", "labels.long() if labels.dtype == torch.int32 else labels", "labels"),
     ),
     *mutants(
         "written in place where something else is lost",
@@ -273,7 +273,7 @@ ROWS = [
         OPS,
         "num_items",
         "nobody_reads",
-        ("terms-of-weight-0-added", " if weight != 0]", "]"),
+        ("terms-of-weight-0-added", "term if weight else torch", "term if True else torch"),
         (
             "no-items-are-no-number",
             "per_item(reduced, divisor) if any_items else",

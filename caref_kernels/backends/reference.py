@@ -69,7 +69,7 @@ def _finish(values: Tensor, counts: Tensor | None) -> Tensor:
 
 def labelled(labels: Tensor, ignore_index: int) -> Tensor:
     """Which labels are not ``ignore_index``, which torch would wrap to the 32 bits of labels that are int32."""
-    return labels.long() != ignore_index
+    return (labels.long() if labels.dtype == torch.int32 else labels) != ignore_index
 
 
 def check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
