@@ -8,6 +8,7 @@ import types
 import cuda_device
 import pytest
 import torch
+import torch._dynamo.testing
 
 from caref_kernels import backends, caref_loss, linear_caref_loss
 from caref_kernels.testing import check_identity, evaluate, make_case
@@ -109,6 +110,23 @@ def test_cuda_graph_of_a_head(on_cuda, cuda, softcap):
     for ours, other in zip(captured, expected, strict=True):
         check_identity(ours, other.double(), "bfloat16_head")
     assert torch.count_nonzero(captured[1][::3]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_without_naming_a_backend(on_cuda, cuda):
+    """Which backend takes the logits is found out while Dynamo traces: no warning, and numbers that change."""
+    torch._dynamo.reset()
+    logits, labels = _case(cuda, 16, 1000)
+
+    def step(value):
+        loss = caref_loss(logits * 1.0, labels, lambda_sced=value, num_items=value + 3)
+        return loss + linear_caref_loss(logits[:, :64], logits[:, :640].reshape(-1, 64), labels % 160, lambda_kl=value)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for value in (0.1, 0.2, 0.3, 0.4):
+        assert torch.equal(compiled(value), step(value))
+    assert counter.frame_count <= 2
 
 
 def test_runs_on_the_current_stream(on_cuda, cuda):
