@@ -62,7 +62,7 @@ OF_HEADS = {
     "lambdas": (WARM_UP, lambda *h, v, b: linear_caref_loss(*h, lambda_sced=v, lambda_kl=2 * v, backend=b)),
     "per row": (WARM_UP, lambda *h, v, b: linear_caref_loss(*h, lambda_sced=v, reduction="none", backend=b).sum()),
     "num_items": (ITEMS, lambda *h, v, b: linear_caref_loss(*h, num_items=v, backend=b)),
-    "alpha": ([1 + v for v in WARM_UP], lambda *h, v, b: linear_caref_loss(*h, alpha=v, chunk_rows=8, backend=b)),
+    "alpha": ([1 + v for v in WARM_UP], lambda *h, v, b: linear_caref_loss(*h, alpha=v, chunk_rows=4, backend=b)),
     "module": (ITEMS, lambda *h, v, b: HEAD(*h, num_items=v)),
 }
 
@@ -92,7 +92,7 @@ def test_schedules_of_logits(backend, name):
 
 @pytest.mark.parametrize("name", OF_HEADS)
 def test_schedules_of_heads(backend, name):
-    problem = make_problem(seed=2)
+    problem = make_problem(9, 33, 4, seed=2, ignored=2)
     values, loss = OF_HEADS[name]
     leaves = [problem.hidden, problem.weight, problem.bias]
 
