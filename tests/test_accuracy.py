@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from caref_kernels import TopK, caref_loss, linear_caref_loss
 
-ROWS, COLUMNS = 40, 37
+ROWS, COLUMNS = 14, 37
 
 
 def make_rows(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_accuracy_is_that_of_torch(backend, dtype, options):
     hits = counts(logits, labels)
     rows = caref_loss(logits, labels, reduction="none", return_terms=True, backend=backend, **options).accuracy
     assert torch.equal(rows, hits.float())
-    for reduction, items, divisor in (("sum", None, 1), ("mean", None, 37), ("mean", 5, 5)):
+    for reduction, items, divisor in (("sum", None, 1), ("mean", None, ROWS - 3), ("mean", 5, 5)):
         out = caref_loss(
             logits, labels, reduction=reduction, num_items=items, return_terms=True, backend=backend, **options
         )
