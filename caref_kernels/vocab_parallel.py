@@ -62,6 +62,14 @@ class VocabShard:
         return cls._of(_gathered([columns], group, device)[:, 0], group)
 
     @classmethod
+    def of_dtensor(cls, tensor: Tensor, dim: int) -> VocabShard:
+        """The shard of a rank whose DTensor has the vocabulary as dimension ``dim``, sharded on a 1-D mesh."""
+        mesh, total = tensor.device_mesh, tensor.size(dim)
+        width = -(-total // mesh.size())  # as DTensor splits: equal parts, the last ones shorter or empty
+        first = min(mesh.get_local_rank() * width, total)
+        return cls(mesh.get_group(), first, min(width, total - first), total)
+
+    @classmethod
     def _of(cls, sizes: Tensor, group: dist.ProcessGroup | None) -> VocabShard:
         rank = _distributed().get_rank(group)
         return cls(group, int(sizes[:rank].sum()), int(sizes[rank]), int(sizes.sum()))
@@ -304,9 +312,4 @@ def _local_part(logits: Tensor, group: object) -> tuple[Tensor, VocabShard]:
     placements, mesh = logits.placements, logits.device_mesh
     if mesh.ndim != 1 or not placements[0].is_shard(logits.dim() - 1):
         dtensors.refuse("local_logits", logits, "vocab_parallel_caref_loss")
-    columns = logits.size(-1)
-    size, rank = mesh.size(), mesh.get_local_rank()
-    width = -(-columns // size)  # as DTensor splits: equal parts, the last ones shorter or empty
-    first = min(rank * width, columns)
-    local = logits.to_local(grad_placements=placements)
-    return local, VocabShard(mesh.get_group(), first, local.size(-1), columns)
+    return logits.to_local(grad_placements=placements), VocabShard.of_dtensor(logits, -1)

@@ -146,22 +146,17 @@ class _GradientOf(torch.autograd.Function):
 
 def fused_output(one: Pass, head: nn.Module, hidden: Tensor) -> Tensor:
     """The loss of ``one`` from the input of its head, noted in it; returns its gradient as (1, 1, n) zeros."""
-    check_head(head)
     if one.made is not None:
         raise RuntimeError(
             f"{name_of(one.model)} calls its output head twice in one forward pass, so that its loss cannot be "
             f"made there; leave fuse_head False"
         )
-    form, config = one.form.logits, one.config
+    form = one.form.logits
     bias = head.bias
     if form.bias_name is not None:
         constant = getattr(one.model, form.bias_name).reshape(-1).to(head.weight)
         bias = constant if bias is None else bias + constant
-    options = {
-        name: getattr(config, name)
-        for name in ("alpha", "beta", "lambda_sced", "lambda_kl", "sparsity", "ignore_index", "vocab_size", "backend")
-    } | {"num_items": one.divisor(hidden.device), "return_terms": True}
-    options |= {"logit_scale": form.scale, "softcap": form.softcap}
+    options = one.keywords(hidden.device) | {"logit_scale": form.scale, "softcap": form.softcap}
     if is_dtensor(head.weight):
         return _vocab_parallel_output(one, (hidden, head.weight, bias), options)
     check_weight(head.weight)
@@ -197,9 +192,7 @@ def _vocab_parallel_output(one: Pass, tensors: tuple[Tensor, Tensor, Tensor | No
     local = weight.to_local(grad_placements=placements)
     labels = one.targets(hidden.device)
     if placements[0].is_shard(0):
-        columns = weight.size(0)
-        width = -(-columns // mesh.size())  # as DTensor splits: equal parts, the last ones shorter or empty
-        shard = VocabShard(mesh.get_group(), min(mesh.get_local_rank() * width, columns), local.size(0), columns)
+        shard = VocabShard.of_dtensor(weight, 0)
         if bias is not None and bias.numel() != local.size(0):
             bias = bias[shard.first_column : shard.first_column + shard.columns]
         out = vocab_parallel_linear_caref_loss(hidden, local, labels, shard, bias, **options)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caref_kernels import CarefConfig, CarefLoss, vocab_parallel_caref_loss
+from caref_kernels import CarefConfig, caref_loss, vocab_parallel_caref_loss
 
 from .heads import HeadForward, check_head, current_head, install, joined, rebound
 from .passes import LossForm, Pass, Trial, innermost, is_dtensor, name_of, running
@@ -83,14 +83,12 @@ def loss_of_pass(one: Pass, logits: Tensor) -> Tensor:
                 f"fused; leave fuse_head False"
             )
         return joined(one, logits)
-    options = {"num_items": one.divisor(logits.device)}
-    targets = one.targets(logits.device)
+    targets, options = one.targets(logits.device), one.keywords(logits.device)
     if is_dtensor(logits) and not all(placement.is_replicate() for placement in logits.placements):
-        named = {name: value for name, value in vars(one.config).items() if name != "inplace_backward"}
-        return one.finish(vocab_parallel_caref_loss(logits, targets, **named, **options))
+        return one.finish(vocab_parallel_caref_loss(logits, targets, **options))
     if is_dtensor(logits):
         logits = logits.to_local(grad_placements=logits.placements)
-    return one.finish(CarefLoss(one.config)(logits, targets, **options))
+    return one.finish(caref_loss(logits, targets, **options))
 
 
 class ModelForward:

@@ -7,6 +7,7 @@ a nested model or a second thread has its own, and nothing is left behind when a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from caref_kernels import CarefConfig, CarefOutput
 from .counting import IGNORE_INDEX
 
 TERMS = ("ce", "sced", "kl", "entropy")
+_OPTIONS = tuple(field.name for field in dataclasses.fields(CarefConfig) if field.name != "inplace_backward")
 
 
 def name_of(model: nn.Module) -> str:
@@ -111,6 +113,10 @@ class Pass:
         """``num_items_in_batch`` on the device of the loss."""
         number = self.num_items
         return number.to(device, non_blocking=True) if isinstance(number, Tensor) else number
+
+    def keywords(self, device: torch.device) -> dict[str, Any]:
+        """The options and the divisor of a loss on ``device``, as every function for losses takes them."""
+        return {name: getattr(self.config, name) for name in _OPTIONS} | {"num_items": self.divisor(device)}
 
     def finish(self, out: CarefOutput) -> Tensor:
         """The loss of ``out``, after its terms went to whoever records them.
