@@ -140,7 +140,7 @@ def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, signature: s
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, function: str) -> torch.dtype:
-    """The dtype of the products, after every check of the three tensors of ``function``; P16, F07."""
+    """The dtype of the products, after every check of the three tensors of ``function``."""
     least_columns, own = (0, "local_") if function == "vocab_parallel_linear_caref_loss" else (1, "")
     tensors = {"hidden": hidden, own + "weight": weight} | ({} if bias is None else {own + "bias": bias})
     for name, tensor in tensors.items():

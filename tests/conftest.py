@@ -114,7 +114,7 @@ def _runnable(name: str, config: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """X09: neither the library nor a test may reach beyond this machine."""
+    """Neither the library nor a test may reach beyond this machine."""
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: object) -> None:

@@ -29,7 +29,7 @@ CUDA = [
         "the arg-max column in r",
         ROW_SUMS,
         "numerics",
-        "cuda-emulated and (N02 or N21)",
+        "cuda-emulated and (distributions or widest or tied_maxima)",
         ("g-top-counted-in-residual", "shared.columns[column] = S::narrow(-kInfinity);", ""),
     ),
     *mutants(
@@ -43,7 +43,7 @@ CUDA = [
         "gradient zero, or the general form where it does not hold",
         BACKWARD,
         "numerics",
-        "cuda-emulated and N01",
+        "cuda-emulated and (many_rows or vocabularies or widths)",
         (
             "g-sced-gradient-zero",
             "inner += weighted_sced<Kind>(z, row) *",
@@ -55,7 +55,7 @@ CUDA = [
         "NaN swallowed by a maximum",
         BACKWARD,
         "numerics",
-        "cuda-emulated and N10",
+        "cuda-emulated and poisoned_row_is_nan_alone",
         ("g-unusable-row-is-zero", "mode == kZero ? 0.0 : kNan", "0.0"),
     ),
     *mutants(

@@ -62,7 +62,7 @@ HARNESS = [
         "if _entry(folder / name, sync=False) != entry:",
         "if False:",
         ("harness_results",),
-        "damage or Y23",
+        "damage",
     ),
     Mutant(
         "checkpoint-leftovers",
@@ -71,7 +71,7 @@ HARNESS = [
         'for leftover in self.folder.glob("*.tmp-*"):',
         "for leftover in ():",
         ("harness_results",),
-        "cut_short or Y23",
+        "cut_short",
     ),
     Mutant(
         "checkpoint-of-anything",
@@ -89,7 +89,7 @@ HARNESS = [
         "for folder in reversed(self._folders()):",
         "for folder in self._folders():",
         ("harness_results",),
-        "kept_and_replaced or Y23",
+        "kept_and_replaced",
     ),
     Mutant(
         "split-state-stands-still",

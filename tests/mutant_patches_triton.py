@@ -17,7 +17,7 @@ TRITON = [
         "tail columns not masked",
         ROWS,
         "labels layouts numerics",
-        "triton and (L03 or S01 or N13 or N04)",
+        "triton and (canaries or layout or lie_whole or single_column or uniform_row)",
         (
             "t-tail-loaded",
             'mask=column < columns, other=float("-inf")',
@@ -29,7 +29,7 @@ TRITON = [
         "tail columns not masked",
         BACKWARD,
         "labels layouts",
-        "triton and (L03 or S01 or S03)",
+        "triton and (canaries or layout or padded_base or lie_whole)",
         ("t-tail-written", "tl.store(out + column, rounded, mask=column < columns)", "tl.store(out + column, rounded)"),
         (
             "t-fill-past-the-end",
@@ -41,7 +41,7 @@ TRITON = [
         "32-bit row offset",
         ROWS,
         "regressions",
-        "triton and G01",
+        "triton and row_offsets_beyond_32_bits",
         (
             "t-offset-32-bits",
             "(narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)\n",
@@ -52,7 +52,7 @@ TRITON = [
         "label not checked before use",
         ROWS,
         "labels",
-        "triton and (L01 or L02 or L03)",
+        "triton and (bad_label or out_of_range or canaries)",
         ("t-label-unchecked", "inside = (label >= 0) & (label < columns)", "inside = label == label"),
         (
             "t-label-cast-before-check",
@@ -65,7 +65,7 @@ TRITON = [
         "NaN swallowed by a maximum",
         ROW_MATH,
         "numerics",
-        "triton and N10",
+        "triton and poisoned_row_is_nan_alone",
         (
             "t-nan-swallowed",
             "tl.maximum(y, SHIFT_FLOOR, propagate_nan=tl.PropagateNan.ALL)",
@@ -76,7 +76,7 @@ TRITON = [
         "grad_output[0] only",
         BACKWARD,
         "autograd layouts",
-        "triton and (A04 or A05)",
+        "triton and (gradient_per_row or strides_of)",
         ("t-first-gradient-for-all", "grad_terms + row * row_stride.to(tl.int64)", "grad_terms + row * 0"),
         ("t-contiguous-gradient", "place + SCED * term_stride", "place + SCED"),
     ),
@@ -84,7 +84,7 @@ TRITON = [
         "a wrong merge of maxima",
         FORWARD,
         "numerics triton_kernels",
-        "triton and (N02 or N21 or N22 or shared or splits or fold)",
+        "triton and (distributions or widest or tied_maxima or order_of_the_columns or shared or splits or fold)",
         ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
         ("t-sums-not-shifted", "wide = row_math.shift_sums(wide, delta, PATH)", "wide = wide"),
         (
@@ -119,7 +119,7 @@ TRITON = [
         "gradient zero, flipped or halved",
         BACKWARD,
         "numerics",
-        "triton and N01",
+        "triton and (many_rows or vocabularies or widths)",
         ("t-sced-gradient-zero", "return p * (inner + slope)", "return p * (inner + 0 * slope)"),
         ("t-top-column-general", "tl.where(rows.is_at(argmax, start, part, TILE), top, value)", "value"),
         ("t-label-column-general", "parts[part] - grad_ce, parts[part])", "parts[part], parts[part])"),

@@ -22,7 +22,7 @@ def _leaf(rows=4, columns=7, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
-def test_gradcheck_A01(backend, alpha, beta):
+def test_gradcheck(backend, alpha, beta):
     """Slow mode, an ignored row, every output at once: the loss and the three terms."""
     labels = torch.tensor([1, -100, 6, 0])
     for reduction in ("mean", "none"):
@@ -41,7 +41,7 @@ def test_gradcheck_A01(backend, alpha, beta):
 
 
 @pytest.mark.parametrize("regime", ["normal_10", "tied_maxima", "confident_1e-4"])
-def test_gradcheck_of_regimes_A01(backend, regime):
+def test_gradcheck_of_regimes(backend, regime):
     leaf = make_case(regime, 3, 9, torch.float64, 1).logits.requires_grad_()
     if regime == "tied_maxima":  # finite differences need the tie broken by more than their step
         leaf = (leaf.detach() + torch.arange(9) * 1e-4).requires_grad_()
@@ -50,7 +50,7 @@ def test_gradcheck_of_regimes_A01(backend, regime):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
-def test_second_derivative_of_the_reference_A02(alpha, beta):
+def test_second_derivative_of_the_reference(alpha, beta):
     labels = torch.tensor([1, -100, 6])
 
     def loss(logits):
@@ -60,7 +60,7 @@ def test_second_derivative_of_the_reference_A02(alpha, beta):
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.25, -1.0, 3.0, 1 / 7, 0.0])
-def test_scaled_loss_A03(backend, factor):
+def test_scaled_loss(backend, factor):
     case = make_case("lm_like", 4, 300, seed=1)
     for reduction in ("mean", "sum"):
         leaf = case.logits.clone().requires_grad_()
@@ -74,7 +74,7 @@ def test_scaled_loss_A03(backend, factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_gradient_per_row_A04(backend, dtype):
+def test_gradient_per_row(backend, dtype):
     """Each row has its own incoming gradient, 0 and negative ones among them."""
     case = make_case("lm_like", 6, 300, dtype, seed=2)
     weights = torch.tensor([1.0, 0.0, -2.5, 0.3, -0.7, 11.0])
@@ -86,7 +86,7 @@ def test_gradient_per_row_A04(backend, dtype):
     check_gradient(gradient, expected)
 
 
-def test_strides_of_the_incoming_gradient_A05(backend):
+def test_strides_of_the_incoming_gradient(backend):
     """Expanded (stride 0), every second element, transposed: equal to the contiguous one, bit for bit."""
     case = make_case("lm_like", 6, 50, seed=3)
     leaf = case.logits.clone().view(2, 3, 50).requires_grad_()
@@ -109,7 +109,7 @@ def test_strides_of_the_incoming_gradient_A05(backend):
     assert torch.equal(summed, torch.autograd.grad(out.loss, leaf, torch.ones(2, 3))[0])
 
 
-def test_backward_twice_A06(backend):
+def test_backward_twice(backend):
     case = make_case("lm_like", 4, 300, seed=4)
     leaf = case.logits.clone().requires_grad_()
     loss = caref_loss(leaf, case.labels, backend=backend)
@@ -119,7 +119,7 @@ def test_backward_twice_A06(backend):
         torch.autograd.grad(loss, leaf)
 
 
-def test_second_derivative_is_refused_A07(fused_backend):
+def test_second_derivative_is_refused(fused_backend):
     """An error, never a wrong number: a penalty on the gradient must not silently count as a constant."""
     leaf = _leaf()
     loss = caref_loss(leaf, torch.tensor([0, 1, 2, 3]), backend=fused_backend)
@@ -129,7 +129,7 @@ def test_second_derivative_is_refused_A07(fused_backend):
         (loss + gradient.square().sum()).backward()
 
 
-def test_second_derivative_through_the_incoming_gradient_A07(fused_backend):
+def test_second_derivative_through_the_incoming_gradient(fused_backend):
     leaf, weight = _leaf(), torch.ones(4, dtype=torch.float64, requires_grad=True)
     loss = caref_loss(leaf, torch.tensor([0, 1, 2, 3]), reduction="none", backend=fused_backend)
     gradient = torch.autograd.grad(loss, leaf, weight, create_graph=True)[0]
@@ -137,7 +137,7 @@ def test_second_derivative_through_the_incoming_gradient_A07(fused_backend):
         gradient.square().sum().backward()
 
 
-def test_without_gradient_A08(backend):
+def test_without_gradient(backend):
     case = make_case("lm_like", 4, 300, seed=5)
     leaf = case.logits.clone().requires_grad_()
     expected = caref_loss(leaf, case.labels, backend=backend).detach()
@@ -159,7 +159,7 @@ def test_without_gradient_A08(backend):
         assert not any(term.requires_grad for term in out if term is not None)
 
 
-def test_logits_are_left_alone_A09(backend):
+def test_logits_are_left_alone(backend):
     case = make_case("lm_like", 4, 300, seed=6, ignored=1)
     leaf = case.logits.clone().requires_grad_()
     version = leaf._version
@@ -172,7 +172,7 @@ def test_logits_are_left_alone_A09(backend):
 
 
 @pytest.mark.parametrize("upstream", [torch.exp, torch.sigmoid, lambda x: torch.softmax(x, -1)])
-def test_upstream_op_that_saved_the_logits_A10(backend, upstream):
+def test_upstream_op_that_saved_the_logits(backend, upstream):
     source = make_case("normal_1", 4, 40, torch.float64, seed=7).logits
     labels = torch.tensor([0, 1, 2, 3])
     gradients = []
@@ -183,7 +183,7 @@ def test_upstream_op_that_saved_the_logits_A10(backend, upstream):
     check_identity(*gradients, "float64")
 
 
-def test_inplace_backward_A11(backend):
+def test_inplace_backward(backend):
     """The gradient lies in the memory of the logits and equals the other one; their old value is gone, and said so."""
     case = make_case("lm_like", 4, 300, torch.bfloat16, seed=8, ignored=1)
     gradients = []
@@ -200,7 +200,7 @@ def test_inplace_backward_A11(backend):
     assert torch.equal(*gradients)
 
 
-def test_second_use_of_overwritten_logits_A11(backend):
+def test_second_use_of_overwritten_logits(backend):
     leaf = _leaf(dtype=torch.float32)
     labels = torch.tensor([0, 1, 2, 3])
     logits = leaf * 1
@@ -213,7 +213,7 @@ def test_second_use_of_overwritten_logits_A11(backend):
         loss.backward()
 
 
-def test_two_losses_on_the_same_logits_A12(backend):
+def test_two_losses_on_the_same_logits(backend):
     case = make_case("lm_like", 4, 300, seed=9)
     leaf = case.logits.clone().requires_grad_()
     total = caref_loss(leaf, case.labels, backend=backend) + 3 * fused_sced(leaf, reduction="sum", backend=backend)
@@ -222,7 +222,7 @@ def test_two_losses_on_the_same_logits_A12(backend):
     check_gradient(leaf.grad, exact["loss"] / 4 + 3 * exact["sced"])
 
 
-def test_expanded_logits_A13(backend):
+def test_expanded_logits(backend):
     row = make_case("lm_like", 1, 300, seed=10).logits
     labels = torch.tensor([3, 1, 4, 1])
     leaf = row.clone().requires_grad_()
@@ -232,7 +232,7 @@ def test_expanded_logits_A13(backend):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint_A14(backend, use_reentrant):
+def test_checkpoint(backend, use_reentrant):
     case = make_case("lm_like", 4, 300, seed=11)
     plain, recomputed = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(plain * 2, case.labels, backend=backend).backward()
@@ -242,7 +242,7 @@ def test_checkpoint_A14(backend, use_reentrant):
     assert torch.equal(plain.grad, recomputed.grad)
 
 
-def test_hooks_and_anomaly_mode_A15(backend):
+def test_hooks_and_anomaly_mode(backend):
     case = make_case("lm_like", 4, 300, seed=12)
     leaf = case.logits.clone().requires_grad_()
     fired = []
@@ -253,7 +253,7 @@ def test_hooks_and_anomaly_mode_A15(backend):
     assert fired == [("hook", leaf.shape), ("accumulated", leaf.shape)]
 
 
-def test_forward_and_backward_in_different_threads_A16(backend):
+def test_forward_and_backward_in_different_threads(backend):
     case = make_case("lm_like", 4, 300, seed=13)
     here, there = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(here, case.labels, backend=backend).backward()
@@ -268,7 +268,7 @@ def test_forward_and_backward_in_different_threads_A16(backend):
 
 
 @pytest.mark.parametrize("return_terms", [False, True])
-def test_nothing_is_kept_alive_A17(backend, return_terms):
+def test_nothing_is_kept_alive(backend, return_terms):
     """No reference cycle: with the collector off, logits die with the loss, with and without a backward."""
     labels = torch.tensor([0, 1, 2, 3])
     gc.collect()
@@ -287,7 +287,7 @@ def test_nothing_is_kept_alive_A17(backend, return_terms):
         gc.enable()
 
 
-def test_saved_tensor_hooks_A18(backend):
+def test_saved_tensor_hooks(backend):
     case = make_case("lm_like", 4, 300, seed=14, ignored=1)
     plain, offloaded = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(plain, case.labels, backend=backend).backward()
@@ -298,7 +298,7 @@ def test_saved_tensor_hooks_A18(backend):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # inside torch.func.jvp
-def test_function_transforms_are_refused_A19(backend):
+def test_function_transforms_are_refused(backend):
     labels = torch.tensor([0, 1, 2, 3])
     leaf = _leaf().detach()
 

@@ -54,7 +54,7 @@ def _operands(dtype, layout, targets):
         ("2-D", "labels", (0.5, 1, 0)),
     ],
 )
-def test_opcheck_C01(backend, dtype, layout, targets, budget):
+def test_opcheck(backend, dtype, layout, targets, budget):
     """Schemas, fakes and dispatch of every operator; forward and backward are not differentiable themselves."""
     logits, labels = _operands(dtype, layout, targets)
     spec = _spec(33, backend, budget)
@@ -82,7 +82,7 @@ def _assert_same(one, other):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_inductor_gives_the_same_bits_C02(backend, reduction):
+def test_inductor_gives_the_same_bits(backend, reduction):
     def step(logits, labels):
         out = caref_loss(logits * 1.0, labels, reduction=reduction, return_terms=True, backend=backend)
         return out.loss, out.ce, out.sced, out.kl
@@ -91,7 +91,7 @@ def test_inductor_gives_the_same_bits_C02(backend, reduction):
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True), case))
 
 
-def test_masks_compile_C02(backend):
+def test_masks_compile(backend):
     """The policy is made inside the compiled function; its support comes out of it."""
 
     def step(logits, labels):
@@ -109,7 +109,7 @@ def test_masks_compile_C02(backend):
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True, backend="aot_eager"), case))
 
 
-def test_other_arguments_compile_C02(backend):
+def test_other_arguments_compile(backend):
     """Mask, number of items as a tensor, real exponents, 16 bits, 3-D: no graph break anywhere."""
     valid = torch.tensor([[True, False, True], [True, True, False]])
 
@@ -124,7 +124,7 @@ def test_other_arguments_compile_C02(backend):
         _assert_same(_run(step, case, torch.tensor(items)), _run(compiled, case, torch.tensor(items)))
 
 
-def test_dynamic_shapes_C02(backend):
+def test_dynamic_shapes(backend):
     """Ten shapes, rows first and then columns: at most two recompilations."""
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -149,7 +149,7 @@ def test_dynamic_shapes_C02(backend):
     assert counter.frame_count <= 3
 
 
-def test_second_backward_C03(backend):
+def test_second_backward(backend):
     def step(logits, labels):
         return caref_loss(logits * 2, labels, backend=backend)
 
@@ -161,7 +161,7 @@ def test_second_backward_C03(backend):
     assert torch.equal(first, _run(step, case)[-1])
 
 
-def test_logits_used_after_the_loss_C05(backend):
+def test_logits_used_after_the_loss(backend):
     """Returned, and overwritten: the compiler must not let the gradient land in memory that is still needed."""
 
     def step(logits, labels):
@@ -177,7 +177,7 @@ def test_logits_used_after_the_loss_C05(backend):
     assert torch.equal(compiled[1], case.logits)
 
 
-def test_export_C06(backend):
+def test_export(backend):
     """The exported program keeps the operator and its value; rows are dynamic."""
     case = make_case("lm_like", 4, 50, seed=6, ignored=1)
     module = CarefLoss(backend=backend)
@@ -189,7 +189,7 @@ def test_export_C06(backend):
         assert torch.equal(program.module()(*other), module(*other))
 
 
-def test_requires_grad_changes_after_tracing_C07(backend):
+def test_requires_grad_changes_after_tracing(backend):
     def step(logits, labels):
         return caref_loss(logits, labels, backend=backend)
 

@@ -42,7 +42,7 @@ def instruction_set(request, compiled):
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_instruction_sets_N01_N14(instruction_set, columns):
+def test_instruction_sets_and_widths(instruction_set, columns):
     """Each has its own register width, so its own tail."""
     case = make_case("normal_3", 3, columns, seed=columns)
     check_evaluation(evaluate(*case, backend="cpu"), oracle(*case), evaluate_eager(*case), instruction_set)
@@ -50,7 +50,7 @@ def test_instruction_sets_N01_N14(instruction_set, columns):
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_instruction_sets_D02_N16(instruction_set, dtype, alpha, beta):
+def test_instruction_sets_and_dtypes(instruction_set, dtype, alpha, beta):
     case = make_case("lm_like", 3, 1500, dtype, seed=7)
     options = {"alpha": alpha, "beta": beta}
     check_evaluation(evaluate(*case, **options, backend="cpu"), oracle(*case, **options), label=instruction_set)
@@ -62,7 +62,7 @@ def test_unknown_instruction_set(compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_16_bit_value_is_read_Y22(instruction_set, dtype):
+def test_every_16_bit_value_is_read(instruction_set, dtype):
     """All 65,536 bit patterns: the terms are those of the same values in float32, bit for bit."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     logits = patterns.reshape(-1, 16)
@@ -75,7 +75,7 @@ def test_every_16_bit_value_is_read_Y22(instruction_set, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("exponent", range(-30, 31, 4))
-def test_gradients_round_once_to_nearest_even_N27(instruction_set, dtype, exponent):
+def test_gradients_round_once_to_nearest_even(instruction_set, dtype, exponent):
     """From deep in the subnormal range of float16 to infinity: exactly the float32 gradient, rounded as torch does."""
     case = make_case("normal_3", 8, 333, dtype, seed=exponent + 100)
     spec = RowSpec(2.0, 1.0, 333, -100, True)
@@ -108,7 +108,7 @@ def test_twins_of_the_objective_on_a_grid(compiled):
             check_identity(torch.tensor(actual, dtype=torch.float64), expected, "float64")
 
 
-def test_a_forked_child_computes_after_its_parent_has_B07(compiled):
+def test_a_forked_child_computes_after_its_parent_has(compiled):
     """GNU OpenMP would wait for ever for the threads that the fork left behind; in a process of its own."""
     code = (
         "import os, signal, torch, caref_kernels\n"

@@ -195,7 +195,7 @@ def test_missing_barrier_before_the_two_columns(tmp_path):
     assert len(differ) <= 4
 
 
-def test_off_by_one_tail_is_read_S05(tmp_path):
+def test_off_by_one_tail_is_read(tmp_path):
     logits, labels = _row_before(1e30)
     expected, _ = _run(cuda_emulated.BACKEND, logits, labels)
     actual, _ = _run(_backend(tmp_path, "off-by-one tail"), logits, labels)
@@ -203,7 +203,7 @@ def test_off_by_one_tail_is_read_S05(tmp_path):
     assert not torch.equal(actual, expected)
 
 
-def test_off_by_one_tail_is_written_S08(tmp_path):
+def test_off_by_one_tail_is_written(tmp_path):
     logits, labels = _row_before(5.0)
     spec = SPEC._replace(vocab_size=33)
     for backend, rim in ((cuda_emulated.BACKEND, True), (_backend(tmp_path, "tail written"), False)):
@@ -213,7 +213,7 @@ def test_off_by_one_tail_is_written_S08(tmp_path):
         assert bool((out[:, 33:] == -7.0).all()) == rim
 
 
-def test_unchecked_label_forms_an_address_L02_X10(tmp_path):
+def test_unchecked_label_forms_an_address(tmp_path):
     """The label of the first row points behind it, at a number that a checked kernel never looks at."""
     logits, labels = _row_before(123.0)
     labels[0] = 35
@@ -223,7 +223,7 @@ def test_unchecked_label_forms_an_address_L02_X10(tmp_path):
     assert torch.isfinite(actual[0]).all()
 
 
-def test_offset_in_32_bits_G01(tmp_path):
+def test_offset_in_32_bits(tmp_path):
     """Rows 2^32 elements apart, in pages that take memory only when touched: 32 bits give the first row again."""
     rows = make_case("normal_3", 2, 50, torch.bfloat16).logits
     try:

@@ -150,7 +150,7 @@ def test_poison_in_one_block(place, value):
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 3, 7])
-def test_misaligned_rows_give_the_same_bits_S05(dtype, offset):
+def test_misaligned_rows_give_the_same_bits(dtype, offset):
     """Rows that start at any element, and an odd number of columns: other loads, the same columns in every thread."""
     case = make_case("lm_like", 3, 2049, dtype, seed=3)
     storage = torch.empty(3 * 2051 + 8, dtype=dtype)
@@ -180,7 +180,7 @@ def test_more_rows_than_a_launch_has_blocks():
     ("launch", "kernel"),
     [(1, "row_kernel"), (2, "merge_kernel"), (3, "second_kernel"), (4, "add_kernel")],
 )
-def test_failed_launches_raise_with_the_kernels_name_X13(launch, kernel):
+def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
     """And the next call, which does not fail, is right."""
     logits, labels = make_case("normal_1", 2, 40_000, seed=6)
     spec = (1.5, 0.5, 40_000, -100, True, 0.0, 0, 0, NAME)
@@ -206,7 +206,7 @@ def test_a_share_larger_than_48_kilobytes_is_asked_for(monkeypatch):
 @pytest.mark.skipif(not cuda_emulated.SANITIZE, reason="guard zones are for the sanitized build")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "label"), [(1, 0), (33, 5), (1000, 1_000_000), (9001, -7)])
-def test_nothing_around_the_tensors_is_touched_X15(dtype, columns, label):
+def test_nothing_around_the_tensors_is_touched(dtype, columns, label):
     """Every tensor of a call lies between zones that AddressSanitizer ends the process for."""
     guard = 1 << 16
     zones = []

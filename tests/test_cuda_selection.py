@@ -1,4 +1,4 @@
-"""K on the emulated device: rows that fit into shared memory, rows whose candidates are listed, full lists.
+"""Top-k masks on the emulated CUDA device: rows that fit into shared memory, listed candidates, full lists.
 
 The masks of test_sparsity.py run on it too, as the backend "cuda-emulated".
 """
@@ -54,7 +54,7 @@ def _rows(dtype, columns=COLUMNS):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masks_are_exact_K03_K05_K07_K08(device, dtype):
+def test_masks_are_exact(device, dtype):
     """Budgets around the number of warps, of threads, and of finite columns: equal to a sort in every number."""
     logits = _rows(dtype)
     with BACKEND.device(*DEVICES[device]):
@@ -64,7 +64,7 @@ def test_masks_are_exact_K03_K05_K07_K08(device, dtype):
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 5, 127, 129])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_short_rows_K14(dtype, columns):
+def test_short_rows(dtype, columns):
     logits = _rows(dtype, columns)[[0, 1, 2, 3, 5]]
     for k in {1, 2, columns // 2 + 1, columns}:
         assert torch.equal(_mask(logits, TopK(k)), _exact_mask(logits, min(k, columns))), k
@@ -77,7 +77,7 @@ def test_short_rows_K14(dtype, columns):
      (torch.float16, 4, 2), (torch.float64, 3, 0)],
 )  # fmt: skip
 @pytest.mark.parametrize("policy", [TopK(3), EntropyTopK(), EntropyTopK(scale=0.1)], ids=str)
-def test_terms_and_gradients_K09(device, dtype, alpha, beta, policy):
+def test_terms_and_gradients(device, dtype, alpha, beta, policy):
     """Shared and single rows, tied maxima, and a label outside the mask."""
     case = make_case("lm_like", 3, COLUMNS, dtype, seed=1)
     logits, labels = case.logits.clone(), case.labels.clone()
@@ -93,7 +93,7 @@ def test_terms_and_gradients_K09(device, dtype, alpha, beta, policy):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_that_have_no_mask_K06_L02(device):
+def test_rows_that_have_no_mask(device):
     """Left out, a label that is no column, NaN, infinite and empty rows: at once, and the others keep their bits."""
     logits, labels = make_case("normal_1", 7, COLUMNS, seed=2)
     labels[1:3] = torch.tensor([-100, COLUMNS + 7])
@@ -127,7 +127,7 @@ def test_same_bits_in_every_block(device, policy):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_misaligned_and_strided_rows_S05(device, dtype):
+def test_misaligned_and_strided_rows(device, dtype):
     case = make_case("lm_like", 3, 2049, dtype, seed=4)
     storage = torch.empty(3 * 2051 + 8, dtype=dtype)
     misaligned = storage[3:].as_strided((3, 2049), (2051, 1)).copy_(case.logits)
@@ -151,7 +151,7 @@ def test_more_rows_than_a_launch_has_blocks():
 
 
 @pytest.mark.parametrize("subnormal", [1e-40, -1e-40])
-def test_subnormal_numbers_K08(subnormal):
+def test_subnormal_numbers(subnormal):
     """The whole of it is in the mask, and 0 and -0 share what is left, in the backward too."""
     rows = [[0.0, -0.0, subnormal, -1.0, -0.0], [-0.0, 0.0, -1.0, subnormal, -3.0], [-1.0, -2.0, subnormal, -1.0, -3.0]]
     logits, labels = torch.tensor(rows), torch.tensor([1, 3, 1])
@@ -163,7 +163,7 @@ def test_subnormal_numbers_K08(subnormal):
 
 
 @pytest.mark.parametrize(("launch", "kernel"), [(1, "row_kernel"), (2, "merge_kernel"), (3, "mask_kernel")])
-def test_failed_launches_raise_with_the_kernels_name_X13(launch, kernel):
+def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
     logits = make_case("normal_1", 2, 40_000, seed=6).logits
     BACKEND.controls.cuda_emulation_fail(launch, 209)
     with pytest.raises(RuntimeError, match=f"CUDA: {kernel}: no kernel image is available for execution on the device"):
@@ -187,7 +187,7 @@ def test_nothing_waits_and_nothing_is_refused():
 @pytest.mark.skipif(not cuda_emulated.SANITIZE, reason="guard zones are for the sanitized build")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 33, 9001])
-def test_nothing_around_the_rows_is_touched_X15(dtype, columns):
+def test_nothing_around_the_rows_is_touched(dtype, columns):
     """Logits between zones that AddressSanitizer ends the process for."""
     guard, size = 1 << 16, 3 * columns * dtype.itemsize
     buffer = torch.zeros(size + 2 * guard, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The dataset readers on small written files (H07), the real files where they are, prompts, answers and samples."""
+"""The dataset readers on small written files, the real files where they are, prompts, answers and samples."""
 
 from __future__ import annotations
 

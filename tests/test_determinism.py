@@ -1,4 +1,4 @@
-"""Y18 and the promise of the same bits: from run to run, for any number of threads, in any company of rows."""
+"""Bitwise identical results: from run to run, for any number of threads, in any company of rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_run_to_run(backend):
             assert torch.equal(one, other)
 
 
-def test_row_does_not_depend_on_its_company_Y18(fused_backend):
+def test_row_does_not_depend_on_its_company(fused_backend):
     case = make_case("lm_like", 12, 1500, seed=3)
     whole = evaluate(*case, backend=fused_backend)
     for row in range(12):

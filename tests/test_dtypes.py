@@ -24,7 +24,7 @@ ON_GPUS = ("triton", "cuda", "cuda-emulated")
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_float64_stays_float64_D01(backend, regime):
+def test_float64_stays_float64(backend, regime):
     """Held to 1e-12, which arithmetic in float32 misses by six digits."""
     case = make_case(regime, 3, 2000, torch.float64, seed=1, ignored=1)
     actual = evaluate(*case, backend=backend)
@@ -35,14 +35,14 @@ def test_float64_stays_float64_D01(backend, regime):
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_D02(backend, dtype, regime):
+def test_sixteen_bits(backend, dtype, regime):
     """float32 inside, one rounding at the end: terms as accurate as for float32 logits, gradients correctly rounded."""
     case = make_case(regime, 4, 5000, dtype, seed=2, ignored=1)
     check_evaluation(evaluate(*case, backend=backend), oracle(*case), evaluate_eager(*case), f"{regime} {dtype}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_general_exponents_in_sixteen_bits_D02(backend, dtype):
+def test_general_exponents_in_sixteen_bits(backend, dtype):
     case = make_case("lm_like", 3, 3000, dtype, seed=3)
     for alpha, beta in ((1.0, 0.0), (1.5, 0.5), (3.0, 2.0), (2.0, 0.0), (4.0, 1.0)):
         actual = evaluate(*case, alpha=alpha, beta=beta, backend=backend)
@@ -50,13 +50,13 @@ def test_general_exponents_in_sixteen_bits_D02(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_has_the_dtype_of_the_logits_D02(backend, dtype):
+def test_gradient_has_the_dtype_of_the_logits(backend, dtype):
     case = make_case("normal_1", 3, 20, dtype)
     gradients = evaluate(*case, backend=backend).gradients
     assert {gradient.dtype for gradient in gradients.values()} == {dtype}
 
 
-def test_float16_gradient_is_scaled_before_it_is_rounded_D04(backend):
+def test_float16_gradient_is_scaled_before_it_is_rounded(backend):
     """mean over 8192 rows: entries of 1e-9 survive a loss scale of 65536 only if it is applied in float32."""
     rows, columns, scale = 8192, 64, 65536.0
     case = make_case("normal_1", rows, columns, torch.float16, seed=4)
@@ -73,7 +73,7 @@ def test_float16_gradient_is_scaled_before_it_is_rounded_D04(backend):
     check_gradient(leaf.grad, oracle(*case, ("sced",)).gradients["sced"] * (scale / rows))
 
 
-def test_float16_gradient_of_a_wide_row_D04(backend):
+def test_float16_gradient_of_a_wide_row(backend):
     """At V = 32128 nearly every entry of a float16 gradient that was rounded before scaling would be 0."""
     case = make_case("normal_1", 4, 32128, torch.float16, seed=5)
     leaf = case.logits.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_float16_gradient_of_a_wide_row_D04(backend):
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing_D05_A16(backend, autocast_dtype):
+def test_autocast_changes_nothing(backend, autocast_dtype):
     case = make_case("lm_like", 4, 300, seed=6)
     plain, inside, mixed = (case.logits.clone().requires_grad_() for _ in range(3))
     expected = caref_loss(plain, case.labels, backend=backend)
@@ -102,7 +102,7 @@ def test_autocast_changes_nothing_D05_A16(backend, autocast_dtype):
     assert torch.equal(mixed.grad, plain.grad)
 
 
-def test_global_settings_change_nothing_D06(backend):
+def test_global_settings_change_nothing(backend):
     case = make_case("lm_like", 4, 300, seed=7, ignored=1)
     expected = evaluate(*case, backend=backend)
     precision = torch.get_float32_matmul_precision()
@@ -122,7 +122,7 @@ def test_global_settings_change_nothing_D06(backend):
         assert torch.equal(gradient, expected.gradients[part]), part
 
 
-def test_flushed_denormals_D07(backend):
+def test_flushed_denormals(backend):
     case = make_case("normal_10", 4, 5000, seed=8)
     expected = oracle(*case)
     if not torch.set_flush_denormal(True):
@@ -136,7 +136,7 @@ def test_flushed_denormals_D07(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("into", [torch.float16, torch.bfloat16, torch.float64])
-def test_incoming_gradient_of_another_dtype_D08(backend, dtype, into):
+def test_incoming_gradient_of_another_dtype(backend, dtype, into):
     """The loss cast by the caller: the gradient arrives back in its own dtype, and leaves in that of the logits."""
     case = make_case("lm_like", 4, 300, dtype, seed=9)
     leaf = case.logits.clone().requires_grad_()
@@ -148,7 +148,7 @@ def test_incoming_gradient_of_another_dtype_D08(backend, dtype, into):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_upcast_input_gives_the_same_terms_Y22(backend, dtype):
+def test_upcast_input_gives_the_same_terms(backend, dtype):
     """The terms of 16-bit logits are those of the same values in float32.
 
     Bit for bit, but for GPUs, whose threads hold as many columns as 16 bytes do and add in another order.
@@ -165,7 +165,7 @@ def test_upcast_input_gives_the_same_terms_Y22(backend, dtype):
         assert torch.equal(narrow.gradients["loss"], wide.gradients["loss"].to(dtype))
 
 
-def test_mean_of_many_sixteen_bit_rows_D02(backend):
+def test_mean_of_many_sixteen_bit_rows(backend):
     """Row losses kept in 16 bits would lose the mean of 20,000 of them."""
     case = make_case("normal_1", 20_000, 9, torch.bfloat16, seed=11)
     exact = oracle(*case, ()).terms

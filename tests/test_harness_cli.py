@@ -1,4 +1,4 @@
-"""The command line, in processes of its own where that matters: H01, H02, H12-H14, H17, H20-H22, X08, shards, Ray."""
+"""The command line, in processes of its own where that matters; shards and Ray."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_params_prints_the_papers_percentages() -> None:
         (["run", "{config}", "--results", "{out}", "--ray", "2"], "pip install 'caref_kernels.ray.'"),
     ],
 )
-def test_errors_are_one_line_H17_X08(
+def test_errors_are_one_line(
     arguments: list[str], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -125,7 +125,7 @@ def test_errors_are_one_line_H17_X08(
     assert re.search(message, line)
 
 
-def test_a_lost_device_goes_on_in_a_fresh_process_H12(config: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_lost_device_goes_on_in_a_fresh_process(config: Path, tmp_path: Path, monkeypatch) -> None:
     from caref_kernels.harness import runs
 
     def lost(*arguments, **options):
@@ -141,7 +141,7 @@ def test_a_lost_device_goes_on_in_a_fresh_process_H12(config: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_resume_H02_H14(number: int, code: int, config: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_says_how_to_resume(number: int, code: int, config: Path, tmp_path: Path) -> None:
     """In the C locale, at the other end of the world, with a home that cannot be written."""
     folder = tmp_path / "results"
     environment = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "HOME": "/proc", "PYTHONUTF8": "0"}
@@ -162,7 +162,7 @@ def test_a_signal_saves_and_says_how_to_resume_H02_H14(number: int, code: int, c
     assert [path.name.startswith("checkpoint-") for path in run.iterdir()] == [True]
 
 
-def test_two_processes_share_a_folder_H13(config: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_folder(config: Path, tmp_path: Path) -> None:
     children = [process("run", config, "--results", tmp_path) for _ in range(2)]
     outputs = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
@@ -172,7 +172,7 @@ def test_two_processes_share_a_folder_H13(config: Path, tmp_path: Path) -> None:
     assert sum(finished) == 6
 
 
-def test_kill_9_at_random_instants_H01() -> None:
+def test_kill_9_at_random_instants() -> None:
     """A handful of kills; tests/crash_harness.py takes their number."""
     command_line = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "crash_harness.py"), "6", "7"]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
@@ -210,7 +210,7 @@ def test_ray_gets_a_shard_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert {"num_gpus": 0.5, "max_retries": 3} in calls
 
 
-def test_missing_packages_are_named_H20() -> None:
+def test_missing_packages_are_named() -> None:
     program = "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('caref_kernels.harness')"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -223,7 +223,7 @@ def test_missing_packages_are_named_H20() -> None:
     assert done.stderr.strip() == "typer is not installed; run: pip install 'caref_kernels[harness]'"
 
 
-def test_resources_do_not_grow_H21(config: Path, tmp_path: Path) -> None:
+def test_resources_do_not_grow(config: Path, tmp_path: Path) -> None:
     """A short stand-in for a day's soak: open files and the size of the results do not grow from round to round."""
     opened, sizes = [], []
     for round_ in range(3):

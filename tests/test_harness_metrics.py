@@ -1,4 +1,4 @@
-"""Accuracy, nBERT and calibration on answers made by hand (H18), and the summaries over splits (H22)."""
+"""Accuracy, nBERT and calibration on answers made by hand, and the summaries over splits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_robust_parsing_forgives_white_space_only() -> None:
     assert (metrics["accuracy"], metrics["accuracy_robust"], metrics["broken"]) == (0.0, 50.0, 1)
 
 
-def test_no_scorer_is_null_and_no_correct_answer_is_zero_H18() -> None:
+def test_no_scorer_is_null_and_no_correct_answer_is_zero() -> None:
     assert score_answers(["choice2 because x"], [PAIR], None)["nbert"] is None
     metrics = score_answers(["", "nonsense"], [PAIR] * 2, Overlap())
     assert (metrics["nbert"], metrics["bertscore_correct"], metrics["unparsable"]) == (0.0, None, 2)
@@ -87,7 +87,7 @@ def test_an_absent_option_has_no_probability() -> None:
     assert (figures["brier"], figures["nll"]) == pytest.approx((0.5, math.log(2)))
 
 
-def test_bert_scorer_is_raw_lower_cased_and_survives_empty_text_H18(tmp_path: Path) -> None:
+def test_bert_scorer_is_raw_lower_cased_and_survives_empty_text(tmp_path: Path) -> None:
     pytest.importorskip("bert_score")
     import transformers
 
@@ -111,7 +111,7 @@ def test_bert_scorer_is_raw_lower_cased_and_survives_empty_text_H18(tmp_path: Pa
         scorer(["cars"], [[]])
 
 
-def test_scorers_that_are_not_there_are_one_line_H17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorers_that_are_not_there_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bert_score")
     from caref_kernels.harness.scorers import load_scorer
 
@@ -191,7 +191,7 @@ def study(*parts: list[dict], **options) -> Study:
     return Study(Reading(tuple(row for part in parts for row in part)), **options)
 
 
-def test_the_report_says_not_run_and_never_fills_in_H22() -> None:
+def test_the_report_says_not_run_and_never_fills_in() -> None:
     ours = study(rows("CAREF-AQ", {1: 50.0, 2: 60.0}), rows("CE-AQ", {1: 40.0}), expected=2)
     assert ours.incomplete() == ["esnli CE-AQ: 1/2 splits"]
     text = ours.markdown(["terms.svg"])
@@ -215,7 +215,7 @@ def test_other_exponents_are_another_table() -> None:
     assert replace(mixed, alpha=1.5).rows[0]["metrics"]["accuracy"] == 99.0
 
 
-def test_csv_cells_are_no_formulas_X06() -> None:
+def test_csv_cells_are_no_formulas() -> None:
     ours = study(rows("CAREF-AQ", {1: 50.0}, percent=-1.0))
     (header, *lines) = csv.reader(io.StringIO(ours.csv()))
     assert header[:4] == ["dataset", "variant", "percent", "metric"]
@@ -223,7 +223,7 @@ def test_csv_cells_are_no_formulas_X06() -> None:
     assert len(lines) == 1
 
 
-def test_html_in_a_name_is_text_X06() -> None:
+def test_html_in_a_name_is_text() -> None:
     text = study(rows("CAREF-AQ", {1: 50.0}, dataset="esnli", percent=1.0)).difference_table().markdown()
     assert "<" not in text
     from caref_kernels.harness.report import Table

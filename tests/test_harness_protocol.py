@@ -109,7 +109,7 @@ def test_a_split_depends_on_seed_and_content_alone(tmp_path: Path) -> None:
         one.save(tmp_path)
 
 
-def test_never_fewer_examples_H07() -> None:
+def test_never_fewer_examples() -> None:
     with pytest.raises(ValueError, match="comve with label 0: 24 examples are needed; got 2"):
         feb_split("comve", examples("comve", 4), examples("comve", 400), 1)
     with pytest.raises(ValueError, match="esnli with label 0: 116 examples are needed; got 100"):
@@ -140,7 +140,7 @@ def test_all_sixty_splits_of_the_real_files(dataset: str, dev: int, first: str) 
     assert splits[0].hash.startswith(first)
 
 
-def test_skip_bad_counts_and_reports_H07(tmp_path: Path) -> None:
+def test_skip_bad_counts_and_reports(tmp_path: Path) -> None:
     lines = ['{"question": "?", "choices": ["a", "b"], "answer": "b", "explanation": "so"}'] * 3
     lines[1:1] = ["{", '{"question": "?", "choices": ["a"], "answer": "z", "explanation": "so"}']
     (tmp_path / "ecqa_train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -154,7 +154,7 @@ def test_skip_bad_counts_and_reports_H07(tmp_path: Path) -> None:
     assert len(load("ecqa", tmp_path, "train", skip_bad=1, note=notes.append)) == 2
 
 
-def test_skip_bad_leaves_out_a_whole_pair_H07(tmp_path: Path) -> None:
+def test_skip_bad_leaves_out_a_whole_pair(tmp_path: Path) -> None:
     """A bad sentence pair also costs its label and its reasons, each of which is counted."""
     folder = tmp_path / "Training_Data"
     folder.mkdir()
@@ -271,7 +271,7 @@ def test_shipped_settings_are_read(name: str) -> None:
         ("#" * 70_000, "at most 65536 bytes"),
     ],
 )
-def test_bad_settings_are_refused_X03_H10(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_settings_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_settings(tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""The results file and the checkpoints under damage: H03, H04, H06, H13, H15, X05, X06, Y23, Y24."""
+"""The results file and the checkpoints under damage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     assert results.finished() == {"r1", "r2"}
 
 
-def test_any_truncation_loses_the_last_record_at_most_Y24_H15(tmp_path: Path) -> None:
+def test_any_truncation_loses_the_last_record_at_most(tmp_path: Path) -> None:
     results = Results(tmp_path)
     for n in range(3):
         results.append(row(n))
@@ -51,7 +51,7 @@ def test_any_truncation_loses_the_last_record_at_most_Y24_H15(tmp_path: Path) ->
         assert results.file.read_bytes() == whole
 
 
-def test_damage_inside_is_not_passed_over_H15(tmp_path: Path) -> None:
+def test_damage_inside_is_not_passed_over(tmp_path: Path) -> None:
     results = Results(tmp_path)
     for text, message in (
         ('{"run": "a"}\n{"run": \n', r"results\.jsonl:2: line: expected a JSON object"),
@@ -65,7 +65,7 @@ def test_damage_inside_is_not_passed_over_H15(tmp_path: Path) -> None:
             results.append(row(9))
 
 
-def test_numbers_that_json_lacks_become_null_X06(tmp_path: Path) -> None:
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.append(row(1, bad=[float("nan"), {"x": float("inf")}, (1.0, -0.0)]))
     assert results.read().rows[0]["bad"] == [None, {"x": None}, [1.0, 0.0]]
@@ -74,7 +74,7 @@ def test_numbers_that_json_lacks_become_null_X06(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["pwrite", "fsync"])
-def test_a_full_disk_keeps_the_rows_H04(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_full_disk_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     results = Results(tmp_path)
     results.append(row(1))
     before = results.file.read_bytes()
@@ -95,7 +95,7 @@ def test_a_full_disk_keeps_the_rows_H04(tmp_path: Path, monkeypatch: pytest.Monk
     assert [r["run"] for r in results.read().rows][0] == "r1"
 
 
-def test_an_atomic_write_leaves_the_old_file_H04(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_atomically(path, "old")
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -111,7 +111,7 @@ def _append_many(folder: str, first: int) -> None:
         results.append(row((first + n) % 30))
 
 
-def test_concurrent_writers_double_nothing_H13(tmp_path: Path) -> None:
+def test_concurrent_writers_double_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_append_many, args=(str(tmp_path), first)) for first in (0, 15)]
     for worker in workers:
@@ -132,7 +132,7 @@ def test_a_lock_is_seen_and_ends(tmp_path: Path) -> None:
         assert is_theirs
 
 
-def test_settings_bind_the_folder_and_differences_are_listed_H06(tmp_path: Path) -> None:
+def test_settings_bind_the_folder_and_differences_are_listed(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.bind({"a": 1, "b": "x"})
     results.bind({"b": "x", "a": 1})
@@ -141,12 +141,12 @@ def test_settings_bind_the_folder_and_differences_are_listed_H06(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\0", "x" * 101, "ü"])
-def test_names_stay_inside_X05(tmp_path: Path, name: str) -> None:
+def test_names_stay_inside(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="a name of a run must match"):
         Results(tmp_path).path("work", name)
 
 
-def test_links_do_not_lead_out_X05(tmp_path: Path) -> None:
+def test_links_do_not_lead_out(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -211,7 +211,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_noticed_and_the_older_one_taken_H06(tmp_path: Path, damage: str) -> None:
+def test_damage_is_noticed_and_the_older_one_taken(tmp_path: Path, damage: str) -> None:
     ours = store(tmp_path)
     for step in (8, 12):
         ours.save(step, writer(bytes([step]) * 9))
@@ -224,7 +224,7 @@ def test_damage_is_noticed_and_the_older_one_taken_H06(tmp_path: Path, damage: s
         ours.latest(notes.append)
 
 
-def test_a_save_cut_short_is_removed_H03(tmp_path: Path) -> None:
+def test_a_save_cut_short_is_removed(tmp_path: Path) -> None:
     ours = store(tmp_path)
     ours.save(4, writer(b"four"))
     (tmp_path / "checkpoint-000008.tmp-123").mkdir()
@@ -234,14 +234,14 @@ def test_a_save_cut_short_is_removed_H03(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000004"]
 
 
-def test_a_checkpoint_of_something_else_lists_what_differs_H06_H08(tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_lists_what_differs(tmp_path: Path) -> None:
     store(tmp_path, settings="a", tokenizer="t").save(4, writer(b"x"))
     with pytest.raises(ValueError, match=r"made with something else \(settings 'a' -> 'b'\)"):
         store(tmp_path, settings="b", tokenizer="t").latest(pytest.fail)
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_full_disk_leaves_the_older_checkpoint_H04(tmp_path: Path, times: int) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, times: int) -> None:
     ours = store(tmp_path)
     ours.save(4, writer(b"four"))
     calls = []
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_H04(tmp_path: Path, times: int)
 
 
 class CrashingSaves(RuleBasedStateMachine):
-    """Y23: whatever is saved, cut short or damaged, what is read back is the newest whole checkpoint."""
+    """Whatever is saved, cut short or damaged, what is read back is the newest whole checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class CrashingSaves(RuleBasedStateMachine):
         assert not list(self.folder.glob("*.tmp-*"))
 
 
-def test_any_prefix_and_resume_is_the_whole_Y23(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_prefix_and_resume_is_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     monkeypatch.setenv("CAREF_TEST_FOLDER", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Whole experiments on tiny models: rows, resuming, faults (H02, H05, H08-H13, H17-H19), AdaLoRA and the terms."""
+"""Whole experiments on tiny models: rows, resuming, faults, AdaLoRA and the terms."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_logged_terms_are_the_objective(model, tmp_path: Path) -> None:
     assert len({row["curve"][-1]["loss"] for row in rows.values()}) == 4
 
 
-def test_a_second_run_finds_everything_and_is_the_same_H19(model, tmp_path: Path) -> None:
+def test_a_second_run_finds_everything_and_is_the_same(model, tmp_path: Path) -> None:
     settings = tiny_settings(model["t5"], variants=("CAREF-AQ", "LORA-4"))
     _, first = run(settings, tmp_path / "a")
     watch = Listener()
@@ -94,7 +94,7 @@ def test_a_second_run_finds_everything_and_is_the_same_H19(model, tmp_path: Path
 
 @pytest.mark.parametrize("variant", ["CAREF-AQ", "ADALORA-32"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_stopped_and_resumed_is_uninterrupted_H02_H05(kind: str, variant: str, model, tmp_path: Path) -> None:
+def test_stopped_and_resumed_is_uninterrupted(kind: str, variant: str, model, tmp_path: Path) -> None:
     """T5 has dropout, so the random state counts; AdaLoRA has an allocator with a memory."""
     settings = tiny_settings(model[kind], variants=(variant,), adalora_target_r=2)
     _, whole = run(settings, tmp_path / "whole")
@@ -140,7 +140,7 @@ def test_adalora_prunes_its_ranks_and_keeps_its_regulariser(model, tmp_path: Pat
     assert curve[0]["loss"] > math.log(261) + 0.5
 
 
-def test_a_nan_stops_the_run_with_a_dump_H09(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_stops_the_run_with_a_dump(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = shutil.copytree(model["llama"], tmp_path / "model")
     from safetensors.torch import load_file, save_file
 
@@ -179,7 +179,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("allowed", "fails"), [(0, True), (1, True), (2, False)])
-def test_bad_gradients_may_be_skipped_H09(allowed, fails, model, tmp_path: Path, monkeypatch) -> None:
+def test_bad_gradients_may_be_skipped(allowed, fails, model, tmp_path: Path, monkeypatch) -> None:
     _poison(monkeypatch, (3, 5))
     tally, rows = run(tiny_settings(model["llama"], skip_nonfinite=allowed), tmp_path)
     assert bool(tally.failed) is fails
@@ -187,7 +187,7 @@ def test_bad_gradients_may_be_skipped_H09(allowed, fails, model, tmp_path: Path,
         assert math.isfinite(next(iter(rows.values()))["metrics"]["label_nll"])
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_H11(model, tmp_path: Path, monkeypatch) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(model, tmp_path: Path, monkeypatch) -> None:
     settings = tiny_settings(model["llama"])
     _, whole = run(settings, tmp_path / "a")
     real = training.HarnessTrainer.training_step
@@ -208,7 +208,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_H11(model, tmp
         same(one["loss"], other["loss"])
 
 
-def test_out_of_memory_in_evaluation_halves_its_batch_H11(model, tmp_path: Path, monkeypatch) -> None:
+def test_out_of_memory_in_evaluation_halves_its_batch(model, tmp_path: Path, monkeypatch) -> None:
     settings = tiny_settings(model["llama"], variants=("ZERO-STEP",))
     _, whole = run(settings, tmp_path / "a")
     real = runs.Evaluator.answers
@@ -227,7 +227,7 @@ def test_out_of_memory_in_evaluation_halves_its_batch_H11(model, tmp_path: Path,
     assert halved[name]["metrics"]["accuracy"] == whole[name]["metrics"]["accuracy"]
 
 
-def test_a_lost_device_ends_the_process_and_marks_the_job_H12(model, tmp_path: Path, monkeypatch) -> None:
+def test_a_lost_device_ends_the_process_and_marks_the_job(model, tmp_path: Path, monkeypatch) -> None:
     def lost(self, model_, inputs, num_items_in_batch=None):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
@@ -238,7 +238,7 @@ def test_a_lost_device_ends_the_process_and_marks_the_job_H12(model, tmp_path: P
     assert failures == ["comve.CAREF-AQ.s7004.a2.b1.json"]
 
 
-def test_a_run_that_somebody_else_works_on_is_passed_over_H13(model, tmp_path: Path) -> None:
+def test_a_run_that_somebody_else_works_on_is_passed_over(model, tmp_path: Path) -> None:
     settings = tiny_settings(model["llama"], variants=("ZERO-STEP", "CAREF-AQ"))
     with Results(tmp_path).lock(settings.jobs()[0].name) as is_mine:
         assert is_mine
@@ -246,13 +246,13 @@ def test_a_run_that_somebody_else_works_on_is_passed_over_H13(model, tmp_path: P
     assert ([job.variant for job in tally.busy], len(rows)) == (["ZERO-STEP"], 1)
 
 
-def test_other_settings_are_refused_H06(model, tmp_path: Path) -> None:
+def test_other_settings_are_refused(model, tmp_path: Path) -> None:
     run(tiny_settings(model["llama"], variants=("ZERO-STEP",)), tmp_path)
     with pytest.raises(ValueError, match=r"begun with other settings \(learning_rate 0.01 -> 0.02\)"):
         run(tiny_settings(model["llama"], variants=("ZERO-STEP",), learning_rate=0.02), tmp_path)
 
 
-def test_a_tokenizer_of_another_model_fails_before_the_first_step_H08(model, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_fails_before_the_first_step(model, tmp_path: Path) -> None:
     wrong = shutil.copytree(model["llama"], tmp_path / "model")
     config = json.loads((wrong / "config.json").read_text(encoding="utf-8"))
     (wrong / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}), encoding="utf-8")
@@ -262,7 +262,7 @@ def test_a_tokenizer_of_another_model_fails_before_the_first_step_H08(model, tmp
     assert "eos_token_id: the model's configuration says 1, the tokenizer 2" in watch.notes[0]
 
 
-def test_missing_things_are_named_H17(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_things_are_named(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"model 'no/model' is not on this machine .*run: hf download no/model"):
         run(tiny_settings(Path("no/model")), tmp_path / "a")
@@ -273,7 +273,7 @@ def test_missing_things_are_named_H17(model, tmp_path: Path, monkeypatch: pytest
         run(tiny_settings(model["llama"], data=str(tmp_path / "none")), tmp_path / "c")
 
 
-def test_too_little_disk_is_seen_before_training_H04(model, tmp_path: Path, monkeypatch) -> None:
+def test_too_little_disk_is_seen_before_training(model, tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     watch = Listener()
@@ -282,7 +282,7 @@ def test_too_little_disk_is_seen_before_training_H04(model, tmp_path: Path, monk
     assert "the checkpoints need 73728 bytes; 1000 are free" in watch.notes[0]
 
 
-def test_bad_records_are_counted_in_the_row_H07(model, tmp_path: Path) -> None:
+def test_bad_records_are_counted_in_the_row(model, tmp_path: Path) -> None:
     data = shutil.copytree(EXAMPLES, tmp_path / "data")
     path = data / "comve" / "Training_Data" / "subtaskA_answers_all.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -306,7 +306,7 @@ def test_bf16_trains_and_evaluates(model, tmp_path: Path) -> None:
     assert math.isfinite(row["metrics"]["label_nll"])
 
 
-def test_rows_carry_their_origin_and_no_secret_X07(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_carry_their_origin_and_no_secret(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAREF_TEST_SECRET", "hunter2")
     _, rows = run(tiny_settings(model["llama"], variants=("ZERO-STEP",)), tmp_path)
     (row,) = rows.values()

@@ -126,7 +126,7 @@ def test_bart_counts() -> None:
     assert len(selected_names(model, VARIANTS["CAREF-AQ-SELF"])) == 1 + 2
 
 
-def test_a_fused_projection_is_refused_H16() -> None:
+def test_a_fused_projection_is_refused() -> None:
     config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
     config |= {"bos_token_id": 0, "eos_token_id": 0}
     with pytest.raises(ValueError, match=r"variant CAREF-AQ: no parameter of this gpt2 model matches .*it has \d+"):
@@ -135,7 +135,7 @@ def test_a_fused_projection_is_refused_H16() -> None:
         family(SimpleNamespace(model_type="marian", is_encoder_decoder=True))
 
 
-def test_adapters_leave_the_head_alone_H16() -> None:
+def test_adapters_leave_the_head_alone() -> None:
     model = prepare(meta_model(FLAN | {"num_layers": 1, "num_decoder_layers": 1}), VARIANTS["LORA-4"], 10)
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     assert trained

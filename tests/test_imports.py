@@ -1,4 +1,4 @@
-"""B04, B05, B07: what an import does; X34 and the house rules, checked in the source."""
+"""What an import does, and rules of the repository, checked in the source."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_import_needs_torch_alone_B07(tmp_path):
+def test_import_needs_torch_alone(tmp_path):
     """Nothing else is imported, written, started, connected or initialised; a fork afterwards works."""
     run = _python(IMPORT, tmp_path)
     assert run.returncode == 0, run.stderr
@@ -77,7 +77,7 @@ if len(messages) != 1 or "plain-PyTorch reference" not in messages[0]:
 """
 
 
-def test_pure_python_installation_B04():
+def test_pure_python_installation():
     """Without the compiled module everything works on the reference, which says once that it is slow."""
     run = _python(WITHOUT_COMPILED)
     assert run.returncode == 0, run.stderr
@@ -87,7 +87,7 @@ def test_pure_python_installation_B04():
     ("choice", "message"),
     [("reference", ""), ("auto", ""), ("", ""), ("quantum", "ValueError: backend must be 'auto' or one of")],
 )
-def test_environment_variable_B05(choice, message):
+def test_environment_variable(choice, message):
     program = """
 import torch, caref_kernels
 from caref_kernels import backends
@@ -104,7 +104,7 @@ print("selected", backends.select("auto", logits))
         assert choice in ("", "auto") or f"selected {choice}" in run.stdout
 
 
-def test_environment_variable_is_binding_B05():
+def test_environment_variable_is_binding():
     """A backend that cannot run is an error, not another backend."""
     program = """
 import sys
@@ -259,7 +259,7 @@ BANNED_MODULES = {"pickle", "dill", "joblib", "marshal", "shelve"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_banned_calls_X34_X01_X03_X08_X13(path):
+def test_banned_calls(path):
     assert not {name.split(".")[0] for name in _imports(path)} & BANNED_MODULES
     for node in ast.walk(_tree(path)):
         assert not isinstance(node, ast.Assert), f"assert in {path}:{node.lineno} vanishes under python -O"

@@ -1,4 +1,4 @@
-"""L: labels out of range, ignored rows, no rows; X10-X15: nothing is read or written outside the tensors."""
+"""Labels out of range, ignored rows, no rows; nothing is read or written outside the tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAD_LABELS = (5, 6, -1, -101, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63))
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_label_out_of_range_L01_L02_X10(raising_backend, label, reduction):
+def test_label_out_of_range(raising_backend, label, reduction):
     """No wrap to a valid column after a cast to 32 bits: 2**32 + 1 would be column 1."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4, label, 1])
@@ -36,13 +36,13 @@ def test_label_out_of_range_L01_L02_X10(raising_backend, label, reduction):
         caref_loss(logits, labels, reduction=reduction, backend=raising_backend)
 
 
-def test_first_bad_label_is_named_L01(raising_backend):
+def test_first_bad_label_is_named(raising_backend):
     logits = torch.zeros(4, 5)
     with pytest.raises(IndexError, match="target 9 at row 1 .*ignore_index=-100"):
         caref_loss(logits, torch.tensor([-100, 9, 0, 77], dtype=torch.int32), backend=raising_backend)
 
 
-def test_row_of_a_bad_label_in_three_dimensions_L01(raising_backend):
+def test_row_of_a_bad_label_in_three_dimensions(raising_backend):
     labels = torch.zeros(2, 3, dtype=torch.long)
     labels[1, 2] = 8
     with pytest.raises(IndexError, match="target 8 at row 5"):
@@ -51,7 +51,7 @@ def test_row_of_a_bad_label_in_three_dimensions_L01(raising_backend):
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_label_out_of_range_on_a_device_L01_L02(silent_backend, label, dtype):
+def test_label_out_of_range_on_a_device(silent_backend, label, dtype):
     """Its row is NaN with a zero gradient, and the other rows do not notice; nothing is raised or waited for."""
     if not torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max:
         return
@@ -105,7 +105,7 @@ def _ops_under_guard(backend, logits, labels, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("columns", [1, 5, 63, 257, 1000])
-def test_canaries_of_good_calls_L03_X11_X14(backend, columns, dtype):
+def test_canaries_of_good_calls(backend, columns, dtype):
     case = make_case("normal_3", 5, columns, dtype, ignored=1)
     inputs, overwritten, gradient = _ops_under_guard(backend, *case, dtype)
     assert all(guarded.intact() for guarded in inputs)
@@ -114,7 +114,7 @@ def test_canaries_of_good_calls_L03_X11_X14(backend, columns, dtype):
 
 
 @pytest.mark.parametrize("label", BAD_LABELS)
-def test_canaries_of_bad_labels_L03_X10_X15(raising_backend, label):
+def test_canaries_of_bad_labels(raising_backend, label):
     """The label of the last row lies past the end: neither direction may touch the rim, whatever it raises."""
     logits = Guarded(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)))
     labels = Guarded(torch.tensor([0, 1, label]))
@@ -134,7 +134,7 @@ def test_canaries_of_bad_labels_L03_X10_X15(raising_backend, label):
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("columns", [5, 129])
-def test_canaries_of_bad_labels_on_a_device_L03_X10_X15(silent_backend, label, columns):
+def test_canaries_of_bad_labels_on_a_device(silent_backend, label, columns):
     logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, label])
     inputs, overwritten, gradient = _ops_under_guard(silent_backend, logits, labels, logits.dtype)
@@ -161,7 +161,7 @@ for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
 """
 
 
-def test_hostile_statistics_stay_inside_X11(fused_backend):
+def test_hostile_statistics_stay_inside(fused_backend):
     """The saved arg-max is data too; in a process of its own, because a wild write would take pytest along."""
     command = [sys.executable, "-c", PREAMBLE + HOSTILE, fused_backend, device_of(fused_backend)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -169,7 +169,7 @@ def test_hostile_statistics_stay_inside_X11(fused_backend):
 
 
 @pytest.mark.parametrize("flag", [["-O"], ["-OO"]])
-def test_checks_survive_python_O_L04_X13(flag):
+def test_checks_survive_python_optimised(flag):
     program = """
 import sys, torch
 from caref_kernels import backends, caref_loss
@@ -197,7 +197,7 @@ except ValueError:
 @pytest.mark.parametrize("num_items", [None, 7])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_row_ignored_L05_L06_L07(backend, dtype, reduction, num_items):
+def test_every_row_ignored(backend, dtype, reduction, num_items):
     if num_items is not None and reduction != "mean":
         num_items = None
     leaf = torch.randn(3, 11).to(dtype).requires_grad_()
@@ -215,7 +215,7 @@ def test_every_row_ignored_L05_L06_L07(backend, dtype, reduction, num_items):
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("mean", torch.tensor(math.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(0))]
 )
-def test_no_rows_L08(backend, reduction, expected):
+def test_no_rows(backend, reduction, expected):
     for shape in ((0, 7), (2, 0, 7)):
         leaf = torch.zeros(shape, requires_grad=True)
         labels = torch.zeros(shape[:-1], dtype=torch.long)
@@ -231,7 +231,7 @@ def test_no_rows_L08(backend, reduction, expected):
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 30, 255, 2**40])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_ignore_index_L09(backend, ignore_index, reduction):
+def test_ignore_index(backend, ignore_index, reduction):
     """Inside or outside the vocabulary; the rows are left out of SCED and KL too, and of the count."""
     case = make_case("lm_like", 8, 31, seed=3)
     labels = torch.tensor([0, 30, 4, ignore_index, 7, ignore_index, 1, 2])
@@ -254,7 +254,7 @@ def test_ignore_index_L09(backend, ignore_index, reduction):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_ignored_row_may_hold_anything_L10(backend, dtype, value):
+def test_ignored_row_may_hold_anything(backend, dtype, value):
     clean = make_case("normal_1", 4, 40, dtype, seed=4)
     labels = clean.labels.clone()
     labels[2] = -100
@@ -270,7 +270,7 @@ def test_ignored_row_may_hold_anything_L10(backend, dtype, value):
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
-def test_valid_masks_rows_L10(backend, mask_dtype):
+def test_valid_masks_rows(backend, mask_dtype):
     """``fused_sced(valid=...)``: 0 leaves a row out, whatever it holds; any other number keeps it."""
     logits = make_case("lm_like", 5, 40, seed=5).logits
     valid = torch.tensor([1, 0, 1, 1, 0]).to(mask_dtype)
@@ -291,7 +291,7 @@ def test_valid_masks_rows_L10(backend, mask_dtype):
     check_gradient(leaf.grad[keep], expected.gradients["sced"] / 3)
 
 
-def test_label_dtypes_L11(backend):
+def test_label_dtypes(backend):
     case = make_case("lm_like", 4, 40, seed=6, ignored=1)
     wide = evaluate(*case, backend=backend)
     narrow = evaluate(case.logits, case.labels.int(), backend=backend)
@@ -326,7 +326,7 @@ def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index, reduc
     check_identity(narrow, rows if reduction == "none" else rows.mean(), "float32_terms")
 
 
-def test_shapes_L14(backend):
+def test_shapes(backend):
     """(B, T, V) with (B, T) equals the flattened call."""
     case = make_case("lm_like", 6, 40, seed=7, ignored=1)
     flat = evaluate(*case, backend=backend)

@@ -47,7 +47,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_S01_to_S10(backend, layout, dtype):
+def test_layout(backend, layout, dtype):
     logits = LAYOUTS[layout](dtype)
     rows = logits.shape[:-1]
     labels = torch.arange(math.prod(rows)).view(rows) % logits.size(-1)
@@ -71,7 +71,7 @@ NOT_COPIED = ("all but the last position", "(S, B, V) transposed", "column slice
 
 
 @pytest.mark.parametrize("layout", NOT_COPIED)
-def test_rows_that_lie_whole_are_not_copied_S01_S02_S03(backend, layout):
+def test_rows_that_lie_whole_are_not_copied(backend, layout):
     logits = LAYOUTS[layout](torch.float32).detach().requires_grad_()
     saved = []
 
@@ -86,7 +86,7 @@ def test_rows_that_lie_whole_are_not_copied_S01_S02_S03(backend, layout):
 
 @pytest.mark.parametrize("layout", ["all but the last position", "(S, B, V) transposed", "column slice of padded rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inplace_gradient_stays_inside_a_strided_view_S08(backend, dtype, layout):
+def test_inplace_gradient_stays_inside_a_strided_view(backend, dtype, layout):
     view = LAYOUTS[layout](dtype)
     storage = view.as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
     inside = torch.zeros(storage.shape, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_inplace_gradient_stays_inside_a_strided_view_S08(backend, dtype, layout
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second row", "expanded"])
-def test_strides_of_the_row_gradients_A05(backend, layout):
+def test_strides_of_the_row_gradients(backend, layout):
     """The operator takes (N, 3) gradients of the terms with any strides."""
     case = make_case("lm_like", 4, 33, seed=8, ignored=1)
     spec = (*CarefConfig(return_terms=True).row_spec(33), backend)
@@ -121,7 +121,7 @@ def test_strides_of_the_row_gradients_A05(backend, layout):
     assert torch.count_nonzero(gradients[0]) == 3 * 33
 
 
-def test_gradient_reaches_the_padded_base_S03(backend):
+def test_gradient_reaches_the_padded_base(backend):
     """A column slice of a padded vocabulary: the padding gets exactly 0."""
     base = _values((4, 40), torch.float32).clone().requires_grad_()
     labels = torch.tensor([0, 1, 2, 32])
@@ -144,7 +144,7 @@ def _label_layouts():
 
 
 @pytest.mark.parametrize("layout", _label_layouts())
-def test_label_layouts_S07(backend, layout):
+def test_label_layouts(backend, layout):
     labels = _label_layouts()[layout]
     logits = _values((2, 3, 33), torch.float32)
     strided = evaluate(logits, labels, ("loss",), backend=backend)
@@ -153,7 +153,7 @@ def test_label_layouts_S07(backend, layout):
     assert torch.equal(strided.gradients["loss"], dense.gradients["loss"])
 
 
-def test_mask_layouts_S07(backend):
+def test_mask_layouts(backend):
     logits = _values((2, 3, 33), torch.float32)
     mask = torch.tensor([[1, 1], [0, 1], [1, 0]]).t()
     strided = fused_sced(logits, valid=mask, reduction="none", backend=backend)
@@ -161,14 +161,14 @@ def test_mask_layouts_S07(backend):
     assert torch.equal(strided != 0, mask != 0)
 
 
-def test_parameter_is_a_tensor_S11(backend):
+def test_parameter_is_a_tensor(backend):
     parameter = torch.nn.Parameter(_values((4, 33), torch.float32).clone())
     labels = torch.tensor([0, 1, 2, 3])
     assert torch.equal(caref_loss(parameter, labels, backend=backend).detach(),
                        caref_loss(parameter.detach(), labels, backend=backend))  # fmt: skip
 
 
-def test_meta_tensors_have_shapes_S11():
+def test_meta_tensors_have_shapes():
     logits = torch.empty(2, 3, 33, device="meta", requires_grad=True)
     labels = torch.empty(2, 3, dtype=torch.long, device="meta")
     for reduction, shape in (("none", (2, 3)), ("mean", ()), ("sum", ())):
@@ -177,7 +177,7 @@ def test_meta_tensors_have_shapes_S11():
         assert torch.autograd.grad(out.loss.sum(), logits)[0].shape == (2, 3, 33)
 
 
-def test_unknown_subclass_is_refused_S11():
+def test_unknown_subclass_is_refused():
     class Annotated(torch.Tensor):
         pass
 

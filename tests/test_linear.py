@@ -1,4 +1,4 @@
-"""F and Y06: the loss of a fused head against the loss of its materialised logits; chunks, dtypes, reductions."""
+"""The loss of a fused head against the loss of its materialised logits; chunks, dtypes, reductions."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check_gradients(problem: Problem, actual, expected, label: str = "") -> None
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 7, 37, 42, None])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_chunked_equals_unchunked_F01_F04(backend, chunk_rows, reduction):
+def test_chunked_equals_unchunked(backend, chunk_rows, reduction):
     """Uneven numbers of labels per chunk, one divisor."""
     problem = make_problem()
     options = {"reduction": reduction}
@@ -107,7 +107,7 @@ def test_chunked_equals_unchunked_F01_F04(backend, chunk_rows, reduction):
 
 @pytest.mark.parametrize("dtype", list(HEAD_IDENTITIES))
 @pytest.mark.parametrize("exponents", [(2.0, 1.0), (1.5, 0.5)])
-def test_dtypes_and_exponents_F01(backend, dtype, exponents):
+def test_dtypes_and_exponents(backend, dtype, exponents):
     alpha, beta = exponents
     problem = make_problem(dtype=dtype, seed=1)
     options = {"alpha": alpha, "beta": beta, "lambda_sced": 0.5, "vocab_size": 210}
@@ -126,7 +126,7 @@ def test_dtypes_and_exponents_F01(backend, dtype, exponents):
     ignored=st.integers(0, 4),
     seed=st.integers(0, 99),
 )
-def test_any_chunk_size_Y06(rows, columns, chunk_rows, ignored, seed):
+def test_any_chunk_size(rows, columns, chunk_rows, ignored, seed):
     problem = make_problem(rows, columns, 3, torch.float64, seed, min(ignored, rows))
     loss = linear_caref_loss(*problem, reduction="sum", chunk_rows=chunk_rows)
     expected_loss, expected = exact(problem, reduction="sum")
@@ -135,7 +135,7 @@ def test_any_chunk_size_Y06(rows, columns, chunk_rows, ignored, seed):
         check_identity(actual, other, "float64_far")  # sums of both signs
 
 
-def test_gradcheck_F01(backend):
+def test_gradcheck(backend):
     problem = make_problem(6, 11, 3, torch.float64, seed=2, ignored=2)
 
     def rows(hidden, weight, bias):
@@ -151,7 +151,7 @@ def test_gradcheck_F01(backend):
         assert torch.autograd.gradcheck(function, leaves(problem), **GRADCHECK)
 
 
-def test_weight_gradient_does_not_degrade_with_the_number_of_chunks_F05(backend):
+def test_weight_gradient_does_not_degrade_with_the_number_of_chunks(backend):
     """Products are added in float32: the error of 256 chunks is that of one."""
     problem = make_problem(256, 64, 8, torch.bfloat16, seed=3, ignored=0)
     _, expected = exact(problem, reduction="sum")
@@ -166,8 +166,8 @@ def test_weight_gradient_does_not_degrade_with_the_number_of_chunks_F05(backend)
     check_identity(weight, expected[1], "bfloat16_head")
 
 
-def test_loss_scale_arrives_before_rounding_F01(backend):
-    """float16 and a mean over many rows: nothing underflows that a loss scale would have saved (D04)."""
+def test_loss_scale_arrives_before_rounding(backend):
+    """float16 and a mean over many rows: nothing underflows that a loss scale would have saved."""
     problem = make_problem(512, 1000, 4, torch.float16, seed=4, ignored=0, bias=False)
     loss = linear_caref_loss(problem.hidden * 0.05, *problem[1:], backend=backend)
     scale = 2.0**14
@@ -182,7 +182,7 @@ def test_loss_scale_arrives_before_rounding_F01(backend):
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "hidden bias", "weight bias", ""])
-def test_only_requested_gradients_exist_F02(backend, wanted):
+def test_only_requested_gradients_exist(backend, wanted):
     problem = make_problem(seed=5)
     for name in ("hidden", "weight", "bias"):
         getattr(problem, name).requires_grad_(name in wanted.split())
@@ -198,7 +198,7 @@ def test_only_requested_gradients_exist_F02(backend, wanted):
                 check_identity(getattr(problem, name).grad, expected, "float32_gradient", name)
 
 
-def test_tied_embedding_F03(backend):
+def test_tied_embedding(backend):
     """The weight is an embedding and the head: its gradient is the sum over both uses."""
     problem = make_problem(12, 50, 8, seed=6, bias=False, ignored=3)
     tokens = torch.arange(12)
@@ -234,7 +234,7 @@ class _NewMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_logits_and_no_gradient_of_a_frozen_head_F02(fused_backend, frozen, dtype):
+def test_no_logits_and_no_gradient_of_a_frozen_head(fused_backend, frozen, dtype):
     rows, columns, features = 1024, 640, 7
     problem = make_problem(rows, columns, features, dtype, seed=7, ignored=0, bias=False)
     head = Head(problem.hidden.detach(), problem.weight.detach(), None)
@@ -272,7 +272,7 @@ def test_chunks_of_real_heads(shape, dtype, trains, expected):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_terms_R04_R05(backend, reduction):
+def test_terms(backend, reduction):
     problem = make_problem(seed=8)
     options = {"reduction": reduction, "return_terms": True, "lambda_sced": 0.0}
     out = linear_caref_loss(*problem, chunk_rows=10, backend=backend, **options)
@@ -323,7 +323,7 @@ def test_module_and_leading_dimensions():
     assert "lambda_kl=0.3" in repr(mean)
 
 
-def test_micro_batches_R06(backend):
+def test_micro_batches(backend):
     problem = make_problem(64, seed=10, ignored=11)
     whole = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
     total = [torch.zeros_like(leaf) for leaf in leaves(problem)]

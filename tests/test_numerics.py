@@ -41,37 +41,37 @@ def _judged(regime, rows, columns, seed, parts=GRADIENT_PARTS):
 
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_widths_N01(backend, rows, columns):
+def test_widths(backend, rows, columns):
     case, parts, *judges = _judged("normal_3", rows, columns, columns)
     check_evaluation(evaluate(*case, parts, backend=backend), *judges)
 
 
 @pytest.mark.parametrize("columns", VOCABULARIES)
-def test_vocabularies_N01(backend, columns):
+def test_vocabularies(backend, columns):
     case, parts, *judges = _judged("lm_like", 2, columns, columns, ("loss", "sced"))
     check_evaluation(evaluate(*case, parts, backend=backend), *judges)
 
 
-def test_many_rows_N01(backend):
+def test_many_rows(backend):
     case = make_case("lm_like", 289, 1000, ignored=17)
     check_evaluation(evaluate(*case, backend=backend), oracle(*case), evaluate_eager(*case))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("columns", [1000, 32128])
-def test_distributions_N02(backend, regime, columns):
+def test_distributions(backend, regime, columns):
     case, parts, *judges = _judged(regime, 2, columns, 7)
     check_evaluation(evaluate(*case, parts, backend=backend), *judges, regime)
 
 
 @pytest.mark.parametrize("regime", ["normal_0.1", "near_uniform", "confident_1e-7", "bimodal"])
-def test_widest_vocabulary_N02(backend, regime):
+def test_widest_vocabulary(backend, regime):
     case, parts, expected, _ = _judged(regime, 2, 262144, 8, ("sced", "kl"))
     check_evaluation(evaluate(*case, parts, backend=backend), expected, label=regime)
 
 
 @pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
-def test_confident_rows_N03(backend, rest):
+def test_confident_rows(backend, rest):
     """Every float32 form that starts from lse is wrong by 100 % here, so eager is no judge."""
     logits = confident_logits(rest, 4, 32128, seed=3).float()
     labels = logits.argmax(-1)
@@ -85,7 +85,7 @@ def test_confident_rows_N03(backend, rest):
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 1000, 32128])
 @pytest.mark.parametrize("value", [0.0, -3.7, 1e4])
-def test_uniform_row_N04(backend, columns, value):
+def test_uniform_row(backend, columns, value):
     logits = torch.full((2, columns), value)
     terms, gradients, _ = evaluate(logits, torch.tensor([0, columns - 1]), backend=backend)
     assert torch.equal(terms.sced, torch.zeros(2))
@@ -97,7 +97,7 @@ def test_uniform_row_N04(backend, columns, value):
     check_term("ce", terms.ce, uniform)
 
 
-def test_noise_of_1e6_N05(backend):
+def test_noise_of_1e6(backend):
     generator = torch.Generator().manual_seed(1)
     logits = 1e-6 * torch.randn(3, 32128, generator=generator)
     labels = torch.tensor([0, 1, 2])
@@ -118,7 +118,7 @@ def _masked_columns(pattern: str, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("fill", ["-inf", "lowest"])
 @pytest.mark.parametrize("pattern", ["one", "first", "half", "tail"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masked_columns_N06_N07(backend, dtype, pattern, fill):
+def test_masked_columns(backend, dtype, pattern, fill):
     """The row without those columns, at the same V."""
     columns = 1000
     masked = _masked_columns(pattern, columns)
@@ -134,7 +134,7 @@ def test_masked_columns_N06_N07(backend, dtype, pattern, fill):
     check_evaluation(actual, oracle(kept, labels, vocab_size=columns))
 
 
-def test_label_on_a_masked_column_N06(backend):
+def test_label_on_a_masked_column(backend):
     """As in torch: infinite cross-entropy, finite gradient; the other terms do not notice."""
     logits = make_case("normal_1", 2, 50).logits
     logits[0, 7] = -math.inf
@@ -162,7 +162,7 @@ POISONS = {
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_poisoned_row_is_nan_alone_N08_N09_N10(backend, dtype, poison):
+def test_poisoned_row_is_nan_alone(backend, dtype, poison):
     place, value = POISONS[poison]
     clean = make_case("normal_1", 3, 259, dtype, seed=4).logits
     clean[:, 40] = 9.0
@@ -182,7 +182,7 @@ def test_poisoned_row_is_nan_alone_N08_N09_N10(backend, dtype, poison):
     ("dtype", "extreme"),
     [(torch.bfloat16, 1e4), (torch.float16, 65504.0), (torch.float32, 3e38), (torch.float64, 1e300)],
 )
-def test_extreme_logits_N11(backend, dtype, extreme):
+def test_extreme_logits(backend, dtype, extreme):
     logits = torch.tensor([[extreme, -extreme, 0.0], [0.0, extreme, -extreme], [0.0, 0.0, -extreme]], dtype=dtype)
     labels = torch.tensor([0, 1, 0])
     actual = evaluate(logits, labels, backend=backend)
@@ -191,7 +191,7 @@ def test_extreme_logits_N11(backend, dtype, extreme):
 
 
 @pytest.mark.parametrize("shift", [-1024.0, 1024.0])
-def test_shift_N12(backend, shift):
+def test_shift(backend, shift):
     """On a grid where z + k is exact, the differences to the maximum are the same numbers."""
     case = make_case("normal_3", 3, 1000)
     logits = (case.logits * 1024).round() / 1024
@@ -203,7 +203,7 @@ def test_shift_N12(backend, shift):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_single_column_N13(backend, beta):
+def test_single_column(backend, beta):
     terms, gradients, _ = evaluate(torch.tensor([[3.0], [-2.0]]), torch.tensor([0, 0]), beta=beta, backend=backend)
     for value in (*terms, *gradients.values()):
         assert torch.count_nonzero(value) == 0
@@ -211,7 +211,7 @@ def test_single_column_N13(backend, beta):
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("regime", ["lm_like", "confident_1e-4", "confident_1e-7", "tied_maxima", "normal_3"])
-def test_exponents_N16(backend, regime, alpha):
+def test_exponents(backend, regime, alpha):
     case = make_case(regime, 3, 1000, seed=7)
     for beta in BETAS:
         actual = evaluate(*case, ("sced",), alpha=alpha, beta=beta, backend=backend)
@@ -221,14 +221,14 @@ def test_exponents_N16(backend, regime, alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_exponents_in_float64_N16(backend, alpha, beta):
+def test_exponents_in_float64(backend, alpha, beta):
     for regime in ("lm_like", "confident_1e-12", "tied_maxima"):
         case = make_case(regime, 3, 300, torch.float64, seed=6)
         actual = evaluate(*case, alpha=alpha, beta=beta, backend=backend)
         check_evaluation(actual, oracle(*case, alpha=alpha, beta=beta), label=regime)
 
 
-def test_kink_of_alpha_one_N17(backend):
+def test_kink_of_alpha_one(backend):
     """|L| has a kink at p = U: the gradient is 0 there and bounded by twice the largest p |f'| beside it."""
     logits = torch.zeros(3, 8)
     logits[1, 2] = torch.nextafter(torch.tensor(0.0), torch.tensor(1.0))
@@ -241,7 +241,7 @@ def test_kink_of_alpha_one_N17(backend):
 
 
 @pytest.mark.parametrize("gap", [200.0, 1e4, 3e38])
-def test_one_hot_limit_N18_N19(backend, gap):
+def test_one_hot_limit(backend, gap):
     """beta = 0: (log V)^alpha; beta > 0: 0, also where eager gives NaN (0 < beta < 1)."""
     logits = torch.full((2, 100), -gap / 2)
     logits[0, 17] = gap / 2
@@ -257,7 +257,7 @@ def test_one_hot_limit_N18_N19(backend, gap):
 
 
 @pytest.mark.parametrize("vocab_size", [None, 32100, 40000])
-def test_vocab_size_N20(backend, vocab_size):
+def test_vocab_size(backend, vocab_size):
     """V of U alone; the softmax runs over every column.  Judged by eager in float64, which shares no code."""
     case = make_case("lm_like", 4, 32128, seed=9)
     expected = evaluate_eager(case.logits.double(), case.labels, vocab_size=vocab_size)
@@ -267,7 +267,7 @@ def test_vocab_size_N20(backend, vocab_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", [2, 3, 100])
-def test_tied_maxima_N21(backend, ties, dtype):
+def test_tied_maxima(backend, ties, dtype):
     """Exactly one of the tied columns may be left out of the residual."""
     logits = make_case("normal_1", 4, 1000, dtype, seed=ties).logits
     order = torch.rand(4, 1000, generator=torch.Generator().manual_seed(ties)).argsort(-1)
@@ -278,7 +278,7 @@ def test_tied_maxima_N21(backend, ties, dtype):
     check_evaluation(actual, evaluate_eager(logits.double(), labels), label=f"{ties} ties, independent")
 
 
-def test_order_of_the_columns_N22(backend):
+def test_order_of_the_columns(backend):
     """The maximum in the first, a middle and the last block; rising, falling and sawtooth rows."""
     values = make_case("normal_3", 1, 5000, seed=10).logits[0]
     rising = values.sort().values
@@ -291,14 +291,14 @@ def test_order_of_the_columns_N22(backend):
         check_identity(term, term[:1].expand_as(term), "float32", name)
 
 
-def test_many_short_rows_N23(backend):
+def test_many_short_rows(backend):
     case = make_case("normal_3", 200_000, 5, seed=11)
     check_evaluation(evaluate(*case, ("loss",), backend=backend), oracle(*case, ("loss",)))
 
 
 @pytest.mark.parametrize("regime", ["normal_0.1", "normal_1", "lm_like"])
 @pytest.mark.parametrize("inside_ratio", [False, True])
-def test_official_formula_N24(backend, regime, inside_ratio):
+def test_official_formula(backend, regime, inside_ratio):
     """The authors' code adds 1e-9 inside the logarithm; float64 differs from it by no more than the proven bounds."""
     eps, columns = 1e-9, 4096
     case = make_case(regime, 4, columns, torch.float64, seed=12)
@@ -316,7 +316,7 @@ def test_official_formula_N24(backend, regime, inside_ratio):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_plain_cross_entropy_N25(backend, reduction):
+def test_plain_cross_entropy(backend, reduction):
     case = make_case("lm_like", 6, 1000, seed=13, ignored=2)
     leaf = case.logits.clone().requires_grad_()
     loss = caref_loss(leaf, case.labels, lambda_sced=0, lambda_kl=0, reduction=reduction, backend=backend)
@@ -329,7 +329,7 @@ def test_plain_cross_entropy_N25(backend, reduction):
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1e6, 0.0), (0.0, 1e6), (0.3, 0.7)])
-def test_weights_N26(backend, weights):
+def test_weights(backend, weights):
     """0 leaves a term out of value and gradient (and its work), 1e6 scales it."""
     w_sced, w_kl = weights
     case = make_case("lm_like", 3, 1000, seed=14)
@@ -341,7 +341,7 @@ def test_weights_N26(backend, weights):
     check_gradient(leaf.grad, exact["ce"] + w_sced * exact["sced"] + w_kl * exact["kl"])
 
 
-def test_fused_sced_is_the_term_N26(backend):
+def test_fused_sced_is_the_term(backend):
     case = make_case("lm_like", 3, 1000, seed=14)
     leaf = case.logits.clone().requires_grad_()
     loss = fused_sced(leaf, reduction="none", backend=backend)
@@ -353,7 +353,7 @@ def test_fused_sced_is_the_term_N26(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6])
-def test_gradient_of_the_true_class_N27(backend, rest, dtype):
+def test_gradient_of_the_true_class(backend, rest, dtype):
     """dCE of a confident row at its label is -(1-p), which p - 1 would lose: at most one step of the dtype off."""
     logits = confident_logits(rest, 4, 32128, seed=15).to(dtype)
     labels = logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""The cache folder of the demo: private (X21), never under the current directory (X22), whole or absent (X23)."""
+"""The cache folder of the demo: private, never under the current directory, whole or absent."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _terms(logits, labels, backend, **options):
 
 @every_row
 @given(row_sets(), exponents)
-def test_oracle_and_finiteness_Y20(drawn, powers):
+def test_oracle_and_finiteness(drawn, powers):
     """Finite loss and gradient for every allowed exponent, within budget for the common ones."""
     logits, labels, backend = drawn
     actual = evaluate(logits, labels, alpha=powers[0], beta=powers[1], backend=backend)
@@ -88,7 +88,7 @@ def test_oracle_and_finiteness_Y20(drawn, powers):
 
 @few_rows
 @given(row_sets(kinds=("normal", "blocks")), st.integers(-12, 12))
-def test_shift_invariance_Y01(drawn, power):
+def test_shift_invariance(drawn, power):
     """On a grid of 2^-8 the shift is exact, and the result the same to the last bit."""
     logits, labels, backend = drawn
     grid = (logits * 256).round() / 256
@@ -102,7 +102,7 @@ def test_shift_invariance_Y01(drawn, power):
 
 @every_row
 @given(row_sets(), st.randoms(use_true_random=False), exponents)
-def test_permutation_of_the_columns_Y02(drawn, random, powers):
+def test_permutation_of_the_columns(drawn, random, powers):
     logits, labels, backend = drawn
     order = torch.tensor(random.sample(range(logits.size(-1)), logits.size(-1)))
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
@@ -121,7 +121,7 @@ def test_permutation_of_the_columns_Y02(drawn, random, powers):
 
 @every_row
 @given(row_sets(), exponents)
-def test_gradients_sum_to_zero_Y03(drawn, powers):
+def test_gradients_sum_to_zero(drawn, powers):
     logits, labels, backend = drawn
     gradients = evaluate(logits, labels, alpha=powers[0], beta=powers[1], backend=backend).gradients
     for part, gradient in gradients.items():
@@ -130,7 +130,7 @@ def test_gradients_sum_to_zero_Y03(drawn, powers):
 
 @few_rows
 @given(row_sets(), st.data())
-def test_rows_add_up_Y04_Y16_Y18(drawn, data):
+def test_rows_add_up(drawn, data):
     """An ignored row is a deleted row; a partition has the same sum; a copy doubles it and keeps the mean."""
     logits, labels, backend = drawn
     whole = evaluate(logits, labels, backend=backend)
@@ -154,7 +154,7 @@ def test_rows_add_up_Y04_Y16_Y18(drawn, data):
 
 @every_row
 @given(row_sets())
-def test_kl_and_entropy_Y07(drawn):
+def test_kl_and_entropy(drawn):
     """KL = log V - H, 0 <= KL <= log V, H <= log of the number of columns that are not -inf."""
     logits, labels, backend = drawn
     terms = _terms(logits, labels, backend)
@@ -171,7 +171,7 @@ def test_kl_and_entropy_Y07(drawn):
 
 @every_row
 @given(row_sets(dtypes=WIDE), st.sampled_from(ALPHAS))
-def test_bounds_of_sced_Y08_Y09_Y10(drawn, alpha):
+def test_bounds_of_sced(drawn, alpha):
     """KL <= SCED(1, 0) <= KL + 2/e; 0 <= SCED, falling in beta, at most (log V + 2/e)^alpha."""
     logits, labels, backend = drawn
     plain = _terms(logits, labels, backend, alpha=1.0, beta=0.0)
@@ -188,7 +188,7 @@ def test_bounds_of_sced_Y08_Y09_Y10(drawn, alpha):
 
 @few_rows
 @given(st.integers(2, 300), st.sampled_from(ALPHAS), st.sampled_from(NAMES))
-def test_one_hot_limit_Y10_Y11(columns, alpha, backend):
+def test_one_hot_limit(columns, alpha, backend):
     """SCED falls to 0 with the gap (beta > 0), or rises to (log V)^alpha (beta = 0); a uniform row gives 0."""
     gaps = torch.linspace(math.log(columns) + 6, 120, 40, dtype=torch.float64)
     logits = torch.zeros(40, columns, dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_one_hot_limit_Y10_Y11(columns, alpha, backend):
     ("columns", "largest", "steepest"), [(32128, 23.45, 7.98), (128256, 30.63, 10.30), (262144, 34.71, 11.61)]
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_largest_value_and_slope_Y12(name, columns, largest, steepest):
+def test_largest_value_and_slope(name, columns, largest, steepest):
     """Known maxima over two-level rows, reached and passed by at most 1 %, so float16 cannot overflow.
 
     The value peaks where two columns share nearly everything, the slope where one column holds 0.41.
@@ -226,7 +226,7 @@ def test_largest_value_and_slope_Y12(name, columns, largest, steepest):
 
 @few_rows
 @given(row_sets(dtypes=(torch.float32, torch.float64, torch.bfloat16)), st.integers(-8, 8))
-def test_scaled_backward_Y13(drawn, power):
+def test_scaled_backward(drawn, power):
     """A power of two passes through the gradient exactly."""
     logits, labels, backend = drawn
     leaf = logits.clone().requires_grad_()
@@ -239,7 +239,7 @@ def test_scaled_backward_Y13(drawn, power):
 
 @few_rows
 @given(row_sets(), st.floats(0, 10), st.floats(0, 10))
-def test_linear_in_the_weights_Y14(drawn, w_sced, w_kl):
+def test_linear_in_the_weights(drawn, w_sced, w_kl):
     logits, labels, backend = drawn
     options = {"lambda_sced": w_sced, "lambda_kl": w_kl, "reduction": "none", "backend": backend}
     terms = _terms(logits, labels, backend)
@@ -249,7 +249,7 @@ def test_linear_in_the_weights_Y14(drawn, w_sced, w_kl):
 
 @few_rows
 @given(row_sets(), st.integers(1, 400), exponents)
-def test_masked_columns_change_nothing_Y15(drawn, extra, powers):
+def test_masked_columns_change_nothing(drawn, extra, powers):
     logits, labels, backend = drawn
     columns = logits.size(-1)
     padded = torch.cat((logits, torch.full((len(logits), extra), -math.inf, dtype=logits.dtype)), -1)
@@ -266,7 +266,7 @@ def test_masked_columns_change_nothing_Y15(drawn, extra, powers):
 
 @few_rows
 @given(row_sets(), st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0]), st.data())
-def test_rows_are_independent_Y18(drawn, value, data):
+def test_rows_are_independent(drawn, value, data):
     logits, labels, backend = drawn
     row = data.draw(st.integers(0, len(labels) - 1))
     changed = logits.clone()
@@ -286,7 +286,7 @@ def test_rows_are_independent_Y18(drawn, value, data):
     st.integers(0, 9),
     st.integers(0, 7),
 )
-def test_layout_independence_Y19(drawn, step, gap, offset):
+def test_layout_independence(drawn, step, gap, offset):
     logits, labels, backend = drawn
     rows, columns = logits.shape
     stride = columns * step + gap
@@ -301,7 +301,7 @@ def test_layout_independence_Y19(drawn, step, gap, offset):
 
 @few_rows
 @given(row_sets(kinds=("normal", "one-hot"), dtypes=WIDE), exponents, st.integers(0, 2**31))
-def test_directional_derivative_Y21(drawn, powers, seed):
+def test_directional_derivative(drawn, powers, seed):
     logits, labels, backend = drawn
     alpha, beta = powers
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -321,7 +321,7 @@ def test_directional_derivative_Y21(drawn, powers, seed):
 
 @few_rows
 @given(row_sets(kinds=FINITE, dtypes=(torch.bfloat16, torch.float16)))
-def test_sixteen_bits_are_the_upcast_values_Y22(drawn):
+def test_sixteen_bits_are_the_upcast_values(drawn):
     logits, labels, backend = drawn
     logits = logits.clamp(-6e4, 6e4)
     narrow = evaluate(logits, labels, backend=backend)
@@ -333,7 +333,7 @@ def test_sixteen_bits_are_the_upcast_values_Y22(drawn):
 
 @every_row
 @given(row_sets(), st.integers(1, 310), st.integers(1, 310), st.floats(0.01, 3))
-def test_masks_Y17(drawn, k, other, scale):
+def test_masks(drawn, k, other, scale):
     """The exact mask of a sort; SCED does not fall with k, and that of all columns is the unmasked one."""
     logits, labels, backend = drawn
     valid = labels != -100

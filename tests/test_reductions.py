@@ -13,7 +13,7 @@ from caref_kernels.testing import check_gradient, check_identity, check_term, ea
 TERMS = ("loss", "ce", "sced", "kl", "entropy")
 
 
-def test_reductions_agree_R01(backend):
+def test_reductions_agree(backend):
     """mean divides by the rows that count, not by all of them."""
     case = make_case("lm_like", 12, 300, seed=1, ignored=5)
     out = {
@@ -30,7 +30,7 @@ def test_reductions_agree_R01(backend):
         check_identity(mean, getattr(exact, name).sum() / 7, "float32_terms", name)
 
 
-def test_mean_of_fused_sced_R01(backend):
+def test_mean_of_fused_sced(backend):
     logits = make_case("lm_like", 6, 300, seed=2).logits
     valid = torch.tensor([True, False, True, True, False, True])
     rows = fused_sced(logits, valid=valid, reduction="none", backend=backend)
@@ -39,7 +39,7 @@ def test_mean_of_fused_sced_R01(backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradient_of_each_reduction_R01(backend, reduction):
+def test_gradient_of_each_reduction(backend, reduction):
     case = make_case("lm_like", 6, 300, seed=3, ignored=2)
     leaf = case.logits.clone().requires_grad_()
     caref_loss(leaf, case.labels, reduction=reduction, backend=backend).sum().backward()
@@ -49,7 +49,7 @@ def test_gradient_of_each_reduction_R01(backend, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_output_dtype_R03(backend, dtype, reduction):
+def test_output_dtype(backend, dtype, reduction):
     case = make_case("normal_1", 3, 20, dtype)
     out = caref_loss(*case, reduction=reduction, return_terms=True, backend=backend)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,7 +59,7 @@ def test_output_dtype_R03(backend, dtype, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weights", [(0.1, 0.1), (0.5, 0.0), (0.0, 2.0), (0.0, 0.0)])
-def test_terms_add_up_R04(backend, reduction, weights):
+def test_terms_add_up(backend, reduction, weights):
     case = make_case("lm_like", 6, 300, seed=4, ignored=1)
     w_sced, w_kl = weights
     options = {"lambda_sced": w_sced, "lambda_kl": w_kl, "reduction": reduction, "backend": backend}
@@ -83,7 +83,7 @@ def test_terms_add_up_R04(backend, reduction, weights):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_terms_are_differentiable_R05(backend, reduction):
+def test_terms_are_differentiable(backend, reduction):
     """A script may weigh the terms itself, with or without the loss; the entropy is a constant."""
     case = make_case("lm_like", 5, 300, seed=5, ignored=1)
     leaf = case.logits.clone().requires_grad_()
@@ -101,7 +101,7 @@ def test_terms_are_differentiable_R05(backend, reduction):
     )
 
 
-def test_micro_batches_R06(backend):
+def test_micro_batches(backend):
     """One batch of 64 and 8 micro-batches with the same divisor, given as a number or as a tensor."""
     case = make_case("lm_like", 64, 300, seed=6, ignored=11)
     whole = case.logits.clone().requires_grad_()
@@ -118,7 +118,7 @@ def test_micro_batches_R06(backend):
         check_identity(leaf.grad, whole.grad, "float32")
 
 
-def test_num_items_divides_every_term_R06(backend):
+def test_num_items_divides_every_term(backend):
     case = make_case("lm_like", 5, 300, seed=7, ignored=2)
     summed = caref_loss(*case, reduction="sum", return_terms=True, backend=backend)
     divided = caref_loss(*case, num_items=12.5, return_terms=True, backend=backend)
@@ -128,7 +128,7 @@ def test_num_items_divides_every_term_R06(backend):
     check_identity(sced, fused_sced(case.logits, reduction="sum", backend=backend).double() / 12.5, "float32")
 
 
-def test_sum_over_many_rows_R08(backend):
+def test_sum_over_many_rows(backend):
     """float32 partial sums would lose the last digits; 300,000 rows of a short vocabulary."""
     case = make_case("normal_1", 300_000, 3, seed=8)
     exact = eager_terms(case.logits.double(), case.labels)

@@ -21,7 +21,7 @@ def _far_apart(rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_row_offsets_beyond_32_bits_G01(backend, inplace):
+def test_row_offsets_beyond_32_bits(backend, inplace):
     case = make_case("normal_3", 2, 50, torch.bfloat16)
     losses, gradients = [], []
     for logits in (case.logits, _far_apart(case.logits)):
@@ -35,7 +35,7 @@ def test_row_offsets_beyond_32_bits_G01(backend, inplace):
     assert gradients[0][1].count_nonzero() > 0
 
 
-def test_second_derivative_of_the_reference_passes_ignored_rows_L10():
+def test_second_derivative_of_the_reference_passes_ignored_rows():
     """NaN in a row that does not count must not come back through a masked select."""
     case = make_case("normal_1", 3, 7, torch.float64)
     logits = case.logits.clone()
@@ -53,7 +53,7 @@ def test_second_derivative_of_the_reference_passes_ignored_rows_L10():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1030, 5000])
-def test_nan_among_masked_columns_before_the_maximum_N10(backend, columns, dtype):
+def test_nan_among_masked_columns_before_the_maximum(backend, columns, dtype):
     """Whole blocks without a finite logit come first, so nothing is summed when the NaN is met."""
     logits = torch.full((2, columns), -torch.inf, dtype=dtype)
     logits[:, -3:] = torch.tensor([1.0, 2.0, 0.5])
@@ -68,7 +68,7 @@ def test_nan_among_masked_columns_before_the_maximum_N10(backend, columns, dtype
     assert torch.isnan(leaf.grad[1]).all()
 
 
-def test_incoming_gradients_of_any_strides_A05(backend):
+def test_incoming_gradients_of_any_strides(backend):
     """Autograd hands over contiguous ones; the operator promises to take all."""
     case = make_case("normal_1", 5, 40)
     spec = CarefConfig().row_spec(40)

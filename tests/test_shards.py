@@ -1,4 +1,4 @@
-"""V and Y05: a row split over ranks equals the row; the ranks are threads here, processes in test_vocab_parallel.py."""
+"""A row split over ranks equals the row; the ranks are threads here, processes in test_vocab_parallel.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_split(logits, labels, cuts, backend, label="", **options):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_regimes_V01(backend, regime, dtype):
+def test_regimes(backend, regime, dtype):
     check_split(*make_case(regime, 9, 300, dtype, seed=3, ignored=2), CUTS, backend)
 
 
@@ -51,13 +51,13 @@ def test_regimes_V01(backend, regime, dtype):
     ],
     ids=str,
 )
-def test_options_V01(backend, regime, options):
+def test_options(backend, regime, options):
     check_split(*make_case(regime, 9, 300, torch.float32, seed=4, ignored=2), CUTS, backend, **options)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(rows=row_sets(dtypes=(torch.float64,)), data=st.data())
-def test_any_split_Y05(rows, data):
+def test_any_split(rows, data):
     """Any number of ranks from 1 to 4, any cut points, empty shards, on rows that hypothesis chooses."""
     logits, labels, backend = rows
     cuts = sorted(data.draw(st.lists(st.integers(0, logits.size(1)), max_size=3)))
@@ -70,7 +70,7 @@ def test_any_split_Y05(rows, data):
     check_identity(split @ split.new_tensor(PARTS["loss"]), expected.terms.loss, "float64_far")
 
 
-def test_maxima_on_several_ranks_N21(backend):
+def test_maxima_on_several_ranks(backend):
     """The same maximum two times on one rank and once on each other one; the label is one of them, or elsewhere."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(4, 300, generator=generator)
@@ -79,7 +79,7 @@ def test_maxima_on_several_ranks_N21(backend):
         check_split(logits, torch.tensor([2, 61, 299, 100]), [50, 170], backend, str(options), **options)
 
 
-def test_rows_without_a_softmax_N08_N09_N10(backend):
+def test_rows_without_a_softmax(backend):
     """NaN, +inf, or nothing but -inf: that row is NaN on every rank, the others stay as they are."""
     case = make_case("lm_like", 7, 60, seed=6)
     spoiled = case.logits.clone()
@@ -100,7 +100,7 @@ def test_rows_without_a_softmax_N08_N09_N10(backend):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3, 59])
-def test_ignored_rows_L09_L10(backend, ignore_index):
+def test_ignored_rows(backend, ignore_index):
     """Also where the ignored label is a column of some rank, and where a label's local number equals it."""
     case = make_case("lm_like", 6, 60, seed=7)
     logits, labels = case.logits.clone(), torch.tensor([3, 23, 43, 0, 59, 20])
@@ -130,7 +130,7 @@ def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index):
 
 
 @pytest.mark.parametrize("label", [60, -1, 2**40])
-def test_label_out_of_range_L01_V05(backend, label):
+def test_label_out_of_range(backend, label):
     """Refused before anything is exchanged: no rank waits for another."""
     case = make_case("lm_like", 3, 60, seed=8)
     labels = case.labels.clone()

@@ -55,7 +55,7 @@ def _support(logits, labels, policy, backend, **options):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize(("columns", "dtype"), [(1000, torch.float32), (5000, torch.bfloat16)])
-def test_values_given_the_support_K09(backend, regime, policy, columns, dtype):
+def test_values_given_the_support(backend, regime, policy, columns, dtype):
     case = make_case(regime, 3, columns, dtype, seed=3)
     support = _support(*case, policy, backend)
     exact = _support(case.logits.double(), case.labels, policy, "reference")
@@ -101,7 +101,7 @@ def test_reference_against_torch_topk(k):
 
 
 @pytest.mark.parametrize("policy", [TopK(300), TopK(3000), EntropyTopK(scale=1e9)], ids=str)
-def test_whole_row_K01(backend, policy):
+def test_whole_row(backend, policy):
     case = make_case("normal_3", 3, 300, seed=8)
     masked = evaluate(*case, sparsity=policy, backend=backend)
     dense = evaluate(*case, backend=backend)
@@ -110,7 +110,7 @@ def test_whole_row_K01(backend, policy):
     assert _support(*case, policy, backend).tolist() == [300] * 3
 
 
-def test_one_token_K02(backend):
+def test_one_token(backend):
     """SCED of the arg-max alone; two columns at the maximum share it."""
     logits = torch.tensor([[0.0, 3.0, 1.0, -2.0], [0.0, 3.0, 3.0, -2.0]])
     p = logits.double().softmax(-1).amax(-1)
@@ -120,7 +120,7 @@ def test_one_token_K02(backend):
 
 
 @pytest.mark.parametrize("k", [1, 2, 63, 64, 65, 999, 1000])
-def test_heavy_ties_K03(backend, k):
+def test_heavy_ties(backend, k):
     logits = (torch.randperm(3000, generator=torch.Generator().manual_seed(1)) % 64).view(3, 1000).bfloat16() / 8
     assert torch.equal(_mask(logits, TopK(k), backend), _exact_mask(logits, k))
     sced = fused_sced(logits, sparsity=TopK(k), reduction="none", backend=backend)
@@ -128,7 +128,7 @@ def test_heavy_ties_K03(backend, k):
     check_term("sced", sced, fused_sced(exact, sparsity=TopK(k), reduction="none", backend="reference"))
 
 
-def test_equal_row_K04(backend):
+def test_equal_row(backend):
     """Every column has the weight k / V; the same bits a hundred times."""
     logits = torch.full((1, 200), 1.5)
     assert torch.equal(_mask(logits, TopK(10), backend), torch.tensor([[10.0, 1.5, 0.05]]))
@@ -137,7 +137,7 @@ def test_equal_row_K04(backend):
         assert all(torch.equal(a, b) for a, b in zip(_statistics(logits, TopK(10), backend), first, strict=True))
 
 
-def test_fewer_finite_logits_K05(backend):
+def test_fewer_finite_logits(backend):
     logits = torch.full((2, 300), -math.inf)
     logits[0, [5, 17, 250]] = torch.tensor([1.0, 2.0, 3.0])
     logits[1, :40] = torch.linspace(0, 1, 40)
@@ -150,8 +150,8 @@ def test_fewer_finite_logits_K05(backend):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_without_a_softmax_K06(backend, value):
-    """NaN alone, and at once; K10: no index is made of their entropy."""
+def test_rows_without_a_softmax(backend, value):
+    """NaN alone, and at once; no index is made of their entropy."""
     case = make_case("normal_1", 3, 300, seed=9)
     logits = case.logits.clone()
     logits[1] = value if value == -math.inf else logits[1]
@@ -200,7 +200,7 @@ PATTERNS = (
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("columns", [1000, 4100, 70000])
-def test_bit_patterns_K07_K08(backend, name, columns):
+def test_bit_patterns(backend, name, columns):
     """Equal to a sort in every number; -0.0 is 0.0, and subnormals are told apart."""
     logits = _patterns(name, columns)[None]
     small = columns > 1000 and backend in backends.DEVICE_CHECKED
@@ -209,14 +209,14 @@ def test_bit_patterns_K07_K08(backend, name, columns):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_bit_patterns_of_other_dtypes_K07(backend, dtype):
+def test_bit_patterns_of_other_dtypes(backend, dtype):
     names = PATTERNS[2:4] if triton_interpreter.ACTIVE else PATTERNS  # whose bfloat16 has no subnormals
     logits = torch.stack([_patterns(name, 1000) for name in names]).to(dtype)
     for k in (1, 77, 500, 1000):
         assert torch.equal(_mask(logits, TopK(k), backend), _exact_mask(logits, k)), k
 
 
-def test_entropy_to_support_K09_K10():
+def test_entropy_to_support():
     """Twins of one rule: ceil, both clips, NaN and infinity."""
     entropies = torch.tensor([0.0, 1e-12, 1.0, math.log(7), 5.0, 700.0, math.inf, math.nan, -1.0], dtype=torch.float64)
     budget = sparsity.Budget(0.5, 2, 40)
@@ -226,7 +226,7 @@ def test_entropy_to_support_K09_K10():
     assert [compiled.row_support(entropy, *budget) for entropy in entropies.tolist()] == expected
 
 
-def test_integer_budgets_K09(backend):
+def test_integer_budgets(backend):
     """exp(H) a whole number, up to rounding: n columns at the maximum and nothing else."""
     for n in (1, 2, 8, 1000):
         logits = torch.full((1, 1024), -200.0)
@@ -235,7 +235,7 @@ def test_integer_budgets_K09(backend):
         assert n <= support <= n + 1
 
 
-def test_gradients_K12():
+def test_gradients():
     for seed, policy in enumerate((TopK(4), EntropyTopK(scale=0.3), TopK(20))):
         for alpha, beta in ((2.0, 1.0), (1.5, 0.5), (3.0, 0.0)):
             leaf = make_case("normal_1", 2, 20, torch.float64, seed=seed).logits.requires_grad_()
@@ -249,7 +249,7 @@ def test_gradients_K12():
             assert torch.autograd.gradgradcheck(loss, leaf, **GRADCHECK)
 
 
-def test_columns_outside_the_mask_K12(backend):
+def test_columns_outside_the_mask(backend):
     """They get the softmax's share, -p G; every row sums to zero."""
     case = make_case("normal_1", 2, 500, seed=11)
     gradient = evaluate(*case, ("sced",), sparsity=TopK(20), backend=backend).gradients["sced"]
@@ -263,7 +263,7 @@ def test_columns_outside_the_mask_K12(backend):
     check_row_sums(gradient)
 
 
-def test_order_of_columns_K13(backend):
+def test_order_of_columns(backend):
     logits = (make_case("normal_3", 2, 1000, torch.bfloat16, seed=12).logits).float()
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 1])
@@ -276,7 +276,7 @@ def test_order_of_columns_K13(backend):
         check_identity(other.gradients["sced"], one.gradients["sced"][:, order], "float32_gradient")
 
 
-def test_ragged_budgets_K14(backend):
+def test_ragged_budgets(backend):
     """Rows of 1 to V tokens in one batch: each gives the bits of its own call."""
     scale = torch.tensor([0.0, 1e-3, 0.3, 1.0, 3.0, 30.0])[:, None]
     case = make_case("normal_1", 6, 400, seed=13)
@@ -293,7 +293,7 @@ def test_ragged_budgets_K14(backend):
         assert torch.equal(alone.gradients["loss"][0], together.gradients["loss"][row])
 
 
-def test_calls_of_other_sizes_between_K15(backend):
+def test_calls_of_other_sizes_between(backend):
     """Nothing is left over in the memory that a selection uses."""
     case = make_case("lm_like", 2, 900, seed=14)
     first = _statistics(case.logits, TopK(40), backend)
@@ -303,7 +303,7 @@ def test_calls_of_other_sizes_between_K15(backend):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_widest_rows_K16_K17(backend):
+def test_widest_rows(backend):
     """k = 4,096 of 262,144 in bfloat16, and thousands of columns at the threshold."""
     logits = make_case("normal_3", 2, 262144, torch.bfloat16, seed=15).logits
     logits[1] = logits[1].float().round().bfloat16()
@@ -341,7 +341,7 @@ def test_reductions_of_the_support(backend):
     assert torch.equal(loss, caref_loss(*case, lambda_sced=0.0, backend=backend))
 
 
-def test_small_mask_is_a_part_Y17(backend):
+def test_small_mask_is_a_part(backend):
     """0 <= SCED of k tokens, not falling with k, up to SCED of all."""
     case = make_case("lm_like", 3, 300, seed=18)
     values = [

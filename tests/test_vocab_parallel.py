@@ -1,4 +1,4 @@
-"""V and O: the public vocab-parallel losses over gloo, on 2, 3 and 4 processes; one start of each does every check."""
+"""The public vocab-parallel losses over gloo, on 2, 3 and 4 processes; one start of each does every check."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _start(run, world, folder):
 
 @pytest.mark.usefixtures("_server")
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_V01_V05_O04(world, tmp_path):
+def test_processes(world, tmp_path):
     _start(gloo_ranks.run, world, tmp_path)
 
 
