@@ -33,9 +33,9 @@ def observe(logits: Tensor) -> dict:
     ordered = exact.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
     for name, policy in POLICIES.items():
         out = _terms(exact, policy)
-        kept = ordered.gather(-1, out.support.long()[:, None] - 1).squeeze(-1)
+        kept = ordered.gather(-1, out.num_kept.long()[:, None] - 1).squeeze(-1)
         found["policies"][name] = {
-            "support": [int(k) for k in out.support],
+            "support": [int(k) for k in out.num_kept],
             "sced_share": (out.sced / dense.sced).tolist(),
             "probability": kept.tolist(),
         }

@@ -73,7 +73,7 @@ def eager_masked_loss(logits: Tensor, labels: Tensor, policy: TopK | EntropyTopK
     p = log_p.exp()
     columns = logits.size(-1)
     log_ratio = log_p + math.log(columns)
-    budget = policy.budget()
+    budget = policy.top_k_spec()
     with torch.no_grad():
         wanted = (budget.scale * (-(p * log_p).sum(-1)).exp()).ceil()
         k = wanted.clamp(budget.k_min, min(budget.k_max or columns, columns)).long()

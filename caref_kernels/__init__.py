@@ -2,11 +2,11 @@
 
 from .backends import explain
 from .config import CarefConfig
+from .distributed.shard import VocabShard
 from .functional import CarefOutput, caref_loss, fused_sced
-from .fused_linear import linear_caref_loss
+from .linear import linear_caref_loss
 from .modules import CarefLoss, LinearCarefLoss, SCEDLoss
 from .sparsity import EntropyTopK, TopK
-from .vocab_parallel import VocabShard, vocab_parallel_caref_loss, vocab_parallel_linear_caref_loss
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,4 @@ __all__ = [
     "explain",
     "fused_sced",
     "linear_caref_loss",
-    "vocab_parallel_caref_loss",
-    "vocab_parallel_linear_caref_loss",
 ]

@@ -1,19 +1,21 @@
-"""Whether tensors are what the kernels take: every check of a tensor argument and the text of every error about one."""
+"""Every check of a tensor argument, and the text of every error about one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import backends, dtensors, objective
+from . import objective
+from .distributed import dtensors
 
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
 
 def check_floating(name: str, tensor: Tensor, function: str) -> None:
-    """A dense, plain floating-point tensor outside torch.func, or a TypeError (NotImplementedError) that says why.
+    """Raise an error unless ``tensor`` is a dense, plain floating-point tensor outside of torch.func transforms.
 
-    ``function`` is the public one whose argument is called ``name``.
+    ``function`` is the public function whose argument is called ``name``.
     """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name}: expected a dense torch.Tensor; got {describe(tensor)}")
@@ -29,13 +31,13 @@ def check_floating(name: str, tensor: Tensor, function: str) -> None:
                 "caref_kernels does not support torch.func transforms (grad, vmap, jvp, ...); use torch.autograd.grad, "
                 "or differentiate caref_kernels.objective, which is plain PyTorch"
             )
-    if tensor.dtype not in backends.LOGITS_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in backends.LOGITS_DTYPES)
+    if tensor.dtype not in LOGITS_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGITS_DTYPES)
         raise TypeError(f"{name}: dtype must be one of {accepted}; got {tensor.dtype}")
 
 
 def check_logits(name: str, logits: Tensor, function: str, least_columns: int = 1) -> None:
-    """Logits (..., V) of a dtype and size that the kernels take, or an error that says why not."""
+    """Raise an error unless ``logits`` are (..., V), of a dtype and size that the kernels take."""
     check_floating(name, logits, function)
     if logits.dim() < 2 or not least_columns <= logits.size(-1) <= objective.MAX_COLUMNS:
         raise ValueError(
@@ -47,7 +49,7 @@ def check_logits(name: str, logits: Tensor, function: str, least_columns: int = 
 def check_order(floating: Tensor, labels: Tensor, rows: Tensor, names: tuple[str, str], signature: str) -> None:
     """Raise TypeError where ``labels`` and the argument before it can only have been swapped.
 
-    ``rows`` is the argument whose rows the labels number, or would if they were swapped.
+    ``rows`` is the argument to whose rows the labels belong.
     """
     if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.dim() < 2:
         return
@@ -58,7 +60,7 @@ def check_order(floating: Tensor, labels: Tensor, rows: Tensor, names: tuple[str
 
 
 def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
-    """The labels as (N,), contiguous; ``of`` names the tensor that they label."""
+    """The labels as (N,), contiguous; ``of`` names the tensor to whose rows they belong."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor; got {describe(labels)}")
     if dtensors.is_dtensor(labels):
@@ -69,8 +71,24 @@ def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     return labels.reshape(-1).contiguous()
 
 
+def valid_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are not ``ignore_index``, which torch would wrap to the 32 bits of labels that are int32."""
+    return (labels.long() if labels.dtype == torch.int32 else labels) != ignore_index
+
+
+def check_label_range(labels: Tensor, columns: int, ignore_index: int) -> None:
+    """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``."""
+    wrong = ((labels < 0) | (labels >= columns)) & valid_labels(labels, ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise IndexError(
+            f"labels: target {int(labels[row])} at row {row} is out of range [0, {columns}) "
+            f"and is not ignore_index={ignore_index}"
+        )
+
+
 def check_valid(valid: Tensor, logits: Tensor) -> Tensor:
-    """The mask of the rows that count as (N,) bool, contiguous."""
+    """The valid mask as (N,) bool, contiguous."""
     if not isinstance(valid, Tensor):
         raise TypeError(f"valid: expected a torch.Tensor; got {describe(valid)}")
     if dtensors.is_dtensor(valid):
@@ -92,7 +110,7 @@ def _check_row_shape(name: str, rows: Tensor, logits: Tensor, of: str = "logits"
 
 
 def _columns_first(name: str, rows: Tensor, logits: Tensor, of: str) -> str:
-    """What to do where the rows of ``logits`` are their last dimensions, as cross-entropy of torch wants them."""
+    """A hint where the vocabulary is dimension 1 of ``logits``, as torch's cross-entropy takes them."""
     if of == "hidden" or logits.dim() < 3 or rows.shape != logits.shape[:1] + logits.shape[2:]:
         return ""
     if logits.dim() == 3:
@@ -100,8 +118,67 @@ def _columns_first(name: str, rows: Tensor, logits: Tensor, of: str) -> str:
     return f" ({name} fit {of} with the vocabulary last: pass {of}.movedim(1, -1))"
 
 
+def check_linear_order(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Raise an error where two arguments of linear_caref_loss can only have been swapped."""
+    signature = "linear_caref_loss takes (hidden, weight, labels)"
+    if not all(isinstance(tensor, Tensor) for tensor in (hidden, weight, labels)):
+        return
+    if labels.shape == hidden.shape[:-1]:
+        return
+    check_order(weight, labels, hidden, ("labels", "weight"), signature)
+    is_weight = hidden.dim() == 2 <= weight.dim() and hidden.size(1) == weight.size(-1)
+    if is_weight and labels.shape == weight.shape[:-1]:
+        raise ValueError(f"hidden and weight look swapped: {signature}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, least_columns: int) -> torch.dtype:
+    """The dtype of the products, after every check of the three tensors of linear_caref_loss."""
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        check_floating(name, tensor, "linear_caref_loss")
+    if least_columns and weight.numel() == 0:
+        raise ValueError(
+            f"weight has 0 elements, shape {tuple(weight.shape)} (a ZeRO-3 or FSDP shard?): gather it first, e.g. with "
+            f"deepspeed.zero.GatheredParameters or FSDP.summon_full_params, or compute the loss from the logits"
+        )
+    _check_shapes(tensors, least_columns)
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError("hidden, weight and bias must be on one device; got " + _each(tensors, "device"))
+    is_double = torch.float64 in {tensor.dtype for tensor in tensors.values()}
+    if torch.is_autocast_enabled(hidden.device.type) and not is_double:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        raise ValueError(
+            "hidden, weight and bias must have one dtype (or run under torch.autocast); got " + _each(tensors, "dtype")
+        )
+    return hidden.dtype
+
+
+def _check_shapes(tensors: dict[str, Tensor], least_columns: int) -> None:
+    (_, hidden), (name, weight), *rest = tensors.items()
+    if weight.dim() != 2 or not least_columns <= weight.size(0) <= objective.MAX_COLUMNS:
+        raise ValueError(
+            f"{name}: expected shape (V, D) with V in [{least_columns}, {objective.MAX_COLUMNS}]; "
+            f"got {tuple(weight.shape)}"
+        )
+    is_transposed = hidden.dim() == 3 and hidden.size(1) == weight.size(1)
+    hint = " (hidden of shape (B, D, T): pass hidden.transpose(1, 2))" if is_transposed else ""
+    if hidden.dim() < 2 or hidden.size(-1) != weight.size(1):
+        raise ValueError(
+            f"hidden: expected shape (..., {weight.size(1)}) with at least one leading dimension for a {name} of shape "
+            f"{tuple(weight.shape)}; got {tuple(hidden.shape)}{hint}"
+        )
+    for name, bias in rest:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: expected shape ({weight.size(0)},); got {tuple(bias.shape)}")
+
+
+def _each(tensors: dict[str, Tensor], attribute: str) -> str:
+    return ", ".join(f"{name} {getattr(tensor, attribute)}" for name, tensor in tensors.items())
+
+
 def check_inplace(logits: Tensor, rows: Tensor) -> None:
-    """Raise unless the gradient may be written where the ``logits`` lie, whose view as rows is ``rows``."""
+    """Raise an error unless the gradient may be written into the memory of ``logits``, whose rows are ``rows``."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("inplace_backward=True is not supported under torch.compile; leave it False there")
     if logits.is_neg():
@@ -132,7 +209,7 @@ def check_inplace(logits: Tensor, rows: Tensor) -> None:
 
 
 def _may_overlap(rows: Tensor) -> bool:
-    """Whether two elements may lie in one place: from the shortest stride on, each must pass what the others reach."""
+    """Whether two elements may share memory: each stride must exceed the extent of the dimensions with shorter ones."""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True)):
         if size > 1:
@@ -143,7 +220,7 @@ def _may_overlap(rows: Tensor) -> bool:
 
 
 def describe(value: object) -> str:
-    """What a message says about a value."""
+    """A short description of a value for an error message."""
     if isinstance(value, Tensor):
         shape = "(nested)" if value.is_nested else tuple(value.shape)
         return f"a {value.layout} tensor of shape {shape}, {value.dtype}"

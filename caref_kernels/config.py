@@ -1,7 +1,7 @@
 """Options of the CAREF loss: every default, every range check and the text of every error about them.
 
-Nothing else in the package repeats a default.  ``CarefConfig`` is what a user holds; ``RowSpec`` is the part of it that
-a backend needs to compute one row.
+Nothing else in the package repeats a default.  ``CarefConfig`` is the object that a user holds; ``RowSpec`` is the part
+of it that a backend needs to compute one row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, TypeVar, get_args
 
-from .sparsity import Budget, Sparsity, check_sparsity
+from .sparsity import Sparsity, TopKSpec, check_sparsity
 
 _Class = TypeVar("_Class")
 Reduction = Literal["mean", "sum", "none"]
@@ -23,6 +23,8 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 ALPHA_RANGE = (1.0, 16.0)
 # Below 0.1 the derivative (1-p)**(beta-1) leaves float32 on confident rows; beta = 0 drops the factor altogether.
 BETA_RANGE = (0.1, 16.0)
+# Exponents whose SCED is a polynomial in the sums of one pass, without cancellation; csrc/row_kinds.h has the same.
+ONE_PASS_EXPONENTS = tuple((alpha, beta) for alpha in (2.0, 4.0) for beta in (0.0, 1.0, 2.0))
 # Normal numbers of float32.
 FACTOR_RANGE = (2.0**-126, 2.0**127)
 INT64_RANGE = (-(2**63), 2**63 - 1)
@@ -33,10 +35,10 @@ class RowSpec(NamedTuple):
 
     alpha: float
     beta: float
-    vocab_size: int  # V of U = 1/V; 0 stands for the number of columns, so that a traced graph fits any number
+    vocab_size: int  # V of U = 1/V; 0 means the number of columns, so that a traced graph fits any number
     ignore_index: int
     with_sced: bool  # False skips the divergence sums: its column of the terms is then 0
-    # The mask of SCED, flat, because operators take numbers: see sparsity.Budget.
+    # The top-k mask of SCED, flat, because operators take numbers: see sparsity.TopKSpec.
     k_scale: float = 0.0
     k_min: int = 0
     k_max: int = 0
@@ -47,12 +49,17 @@ class RowSpec(NamedTuple):
         return self.k_min > 0
 
     @property
-    def budget(self) -> Budget:
-        """The fields of the mask."""
-        return Budget(self.k_scale, self.k_min, self.k_max)
+    def is_one_pass(self) -> bool:
+        """Whether SCED and its gradient follow from sums of one pass over the row."""
+        return self.with_sced and not self.is_masked and (self.alpha, self.beta) in ONE_PASS_EXPONENTS
+
+    @property
+    def top_k(self) -> TopKSpec:
+        """The fields of the top-k mask."""
+        return TopKSpec(self.k_scale, self.k_min, self.k_max)
 
     def for_columns(self, columns: int) -> RowSpec:
-        """With ``vocab_size`` and ``k_max`` as numbers, and k within the row: what backends get."""
+        """The specification that backends get: ``vocab_size`` and ``k_max`` as numbers, and k within the row."""
         spec = self if self.vocab_size else self._replace(vocab_size=columns)
         if not self.is_masked:
             return spec
@@ -72,7 +79,7 @@ def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> N
 
 
 def _checks_options(owner: type[_Class]) -> type[_Class]:
-    """Class decorator: the constructor of a dataclass says what a misspelt option should have been."""
+    """Class decorator: the constructor of a dataclass suggests the closest option for a misspelt one."""
     construct, known = owner.__init__, tuple(owner.__dataclass_fields__)
 
     @functools.wraps(construct)
@@ -94,10 +101,10 @@ class CarefConfig:
         beta: exponent of ``(1 - p)``, 0 or a real number in [0.1, 16].
         lambda_sced: weight of the SCED term, finite and not negative; 0 skips its work.
         lambda_kl: weight of the KL(p || U) term, finite and not negative.
-        sparsity: the tokens that count in SCED: ``None`` (all of them, the paper's equation), a
+        sparsity: the tokens that enter SCED: ``None`` (all of them, the paper's equation), a
             :class:`caref_kernels.TopK` or a :class:`caref_kernels.EntropyTopK`.
-        ignore_index: label of the rows that are left out.
-        reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
+        ignore_index: label of the rows that are not valid.
+        reduction: ``"mean"`` over the valid rows, ``"sum"``, or ``"none"``.
         vocab_size: V of ``U = 1/V``; ``None`` takes the number of columns of the logits.  The softmax always runs over
             every column: to leave padded columns out of it as well, pass ``logits[..., :n]``.
         backend: ``"auto"`` or the name of a backend, which then runs or raises.
@@ -151,18 +158,19 @@ class CarefConfig:
             )
         vocab_size = 0 if self.vocab_size is None else int(self.vocab_size)
         with_sced = self.lambda_sced != 0 or self.return_terms
-        budget = self.sparsity.budget() if self.sparsity is not None and with_sced else Budget()
-        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced, *budget)
+        top_k = self.sparsity.top_k_spec() if self.sparsity is not None and with_sced else TopKSpec()
+        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced, *top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """How a head makes logits, softcap tanh(logit_scale (hidden weight^T + bias) / softcap), and how many at a time.
+    """How the loss of a head computes logits, softcap tanh(logit_scale (hidden weight^T + bias) / softcap).
 
     Args:
         logit_scale: factor of the logits, finite and > 0.
         softcap: bound of the logits, finite and > 0; ``None`` for none.
         chunk_rows: rows of logits that exist at a time, >= 1; ``None`` chooses.
+        reduce_hidden_grad: all-reduce the gradient of ``hidden`` over the ranks of a sharded vocabulary.
     Raises:
         TypeError, ValueError: an option has the wrong type, or is out of its range.
     """
@@ -170,6 +178,7 @@ class HeadOptions:
     logit_scale: float = 1.0
     softcap: float | None = None
     chunk_rows: int | None = None
+    reduce_hidden_grad: bool = True
 
     def __post_init__(self) -> None:
         scale = _real("logit_scale", self.logit_scale)
@@ -183,6 +192,8 @@ class HeadOptions:
             raise TypeError(f"chunk_rows must be an integer or None; got {rows!r} of type {type(rows).__name__}")
         if rows is not None and rows < 1:
             raise ValueError(f"chunk_rows must be >= 1 or None; got {rows}")
+        if not isinstance(self.reduce_hidden_grad, bool):
+            raise TypeError(f"reduce_hidden_grad must be True or False; got {self.reduce_hidden_grad!r}")
 
 
 def _check_alpha(alpha: object) -> None:

@@ -1,31 +1,35 @@
-"""The public functions: check the arguments, see the logits as rows, call the autograd node, name the results."""
+"""The public functions of the loss: check the arguments, view the logits as rows, call autograd, name the results."""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, dtensors, objective
-from .autograd import CarefFunction, Plan
-from .backends.reference import labelled
-from .checks import check_inplace, check_labels, check_logits, check_order, check_valid, describe
+from . import backends, objective, ops
+from .autograd import CarefFunction, LossCall
+from .checks import check_inplace, check_labels, check_logits, check_order, check_valid, describe, valid_labels
 from .config import CarefConfig, Reduction, RowSpec
+from .distributed import dtensors
+from .distributed.shard import ShardedRows, VocabShard, local_logits, resolved_shard
 from .sparsity import Sparsity
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 class CarefOutput(NamedTuple):
-    """The loss and its terms, all reduced alike; shapes () for "mean" and "sum", those of the labels for "none".
+    """The loss and its terms, all reduced alike: shape () for "mean" and "sum", that of the labels for "none".
 
-    ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weigh the terms itself;
-    ``entropy`` (nats) is not: it is ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of several,
-    is that of the label; ``None`` where ranks share the row.  ``support`` is k_t, the number of tokens in a row's mask;
-    ``None`` without ``sparsity``.
+    ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weight the terms itself.
+    ``entropy`` (nats) is not: it equals ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of
+    several, is that of the label; ``None`` where the vocabulary is sharded.  ``num_kept`` is the number of tokens in
+    the top-k mask of a row; ``None`` without ``sparsity``.
     """
 
     loss: Tensor
@@ -34,74 +38,7 @@ class CarefOutput(NamedTuple):
     kl: Tensor
     entropy: Tensor
     accuracy: Tensor | None = None
-    support: Tensor | None = None
-
-
-def fused_sced(
-    logits: Tensor,
-    *,
-    valid: Tensor | None = None,
-    alpha: float = CarefConfig.alpha,
-    beta: float = CarefConfig.beta,
-    sparsity: Sparsity | None = CarefConfig.sparsity,
-    reduction: Reduction = CarefConfig.reduction,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = CarefConfig.vocab_size,
-    backend: str = CarefConfig.backend,
-    inplace_backward: bool = CarefConfig.inplace_backward,
-) -> Tensor:
-    r"""SCED regulariser of the CAREF objective, fused over the vocabulary.
-
-    .. math:: L = \sum_t \sum_v |p_{tv} \log(p_{tv} / U)|^\alpha (1 - p_{tv})^\beta,  \quad U = 1/V
-
-    (arXiv 2605.27835, Eq. 2, exactly: 0 log 0 = 0 and no epsilon inside the logarithm.)
-
-    Args:
-        logits: ``(..., V)``, float16, bfloat16, float32 or float64, at least 2-D.  Any strides: copied only if the last
-            one is not 1, or if more than two leading dimensions do not collapse.
-        valid: ``(...)``, bool or integer; rows with 0 contribute nothing and get a zero gradient, whatever they hold.
-        alpha: in [1, 16].
-        beta: 0, or in [0.1, 16].
-        sparsity: the tokens that count: ``None``, all of them, as in the equation; :class:`caref_kernels.TopK`, the k
-            largest logits; :class:`caref_kernels.EntropyTopK`, as many as the row's entropy asks for.  Tied logits at
-            the k-th place share what is left of k.
-        reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
-        num_items: divisor that replaces the number of valid rows in ``"mean"``: a number >= 0, or a 0-D tensor, whose
-            value is not read from a device.  0 is for a rank or a micro-batch without a valid row: loss and gradient
-            are 0.  With valid rows 0 is an error on the CPU; on a device the loss is infinite, with a zero gradient.
-        vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns.
-        backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
-        inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
-            needs); its version counter is raised, so that a later use of its value is an autograd error.  Hooks under
-            which another operator saved ``logits`` cannot be seen here and must have copied them.
-    Returns:
-        A scalar, or ``(...)`` for ``"none"``; float32 (float64 for float64 logits), in nats**alpha.  ``"mean"`` over no
-        row is NaN with a zero gradient.
-    Raises:
-        TypeError: an argument of a wrong type or dtype.
-        ValueError: a shape or a range mismatch; the message gives both values.
-        NotImplementedError: an explicit backend that cannot run (with its reason), or a torch.func transform.
-        RuntimeError: ``inplace_backward`` under saved-tensor hooks (non-reentrant checkpointing, offloading).
-    Precision: accumulates in float32 or better; relative error below 1e-5, gradient row norms below 2e-5, also where
-        1 - p = 1e-12, given k_t; ceil(scale * exp(H)) itself may differ by one from one backend to another.
-        Deterministic: the same bits on every run and for any number of threads.
-    Compilation: one graph under torch.compile; exponents, weights of terms and ``num_items`` may change from call to
-        call, as in a warm-up, at the price of one compilation more.
-    Memory: saves the logits and (N, 5) row statistics, (N, 8) with a mask; the backward makes the gradient, or nothing
-        if in place.
-    """
-    config = CarefConfig(
-        alpha=alpha,
-        beta=beta,
-        lambda_sced=1.0,
-        lambda_kl=0.0,
-        sparsity=sparsity,
-        reduction=reduction,
-        vocab_size=vocab_size,
-        backend=backend,
-        inplace_backward=inplace_backward,
-    )
-    return sced_from_config(logits, valid, num_items, config)
+    num_kept: Tensor | None = None
 
 
 def caref_loss(
@@ -120,26 +57,76 @@ def caref_loss(
     backend: str = CarefConfig.backend,
     inplace_backward: bool = CarefConfig.inplace_backward,
     return_terms: bool = CarefConfig.return_terms,
+    shard: VocabShard | dist.ProcessGroup | None = None,
 ) -> Tensor | CarefOutput:
-    r"""The CAREF objective, CE + lambda_sced * SCED + lambda_kl * KL(p || U), in one pass over the logits.
+    r"""The CAREF loss, CE + lambda_sced * SCED + lambda_kl * KL(p || U), fused over the vocabulary.
 
-    arXiv 2605.27835; the terms are defined in :mod:`caref_kernels.objective`.  Rows are not shifted: for a causal model
-    pass labels already moved by one position.
+    .. math:: \mathrm{SCED} = \sum_v |p_v \log(p_v / U)|^\alpha (1 - p_v)^\beta,  \quad U = 1/V
+
+    The definition is that of arXiv 2605.27835, Eq. 2, with 0 log 0 = 0 and no epsilon inside the logarithm; see
+    :mod:`caref_kernels.objective`.  Rows are not shifted: for a causal model pass labels already moved by one position.
 
     Args:
-        logits: as in :func:`fused_sced`.
-        labels: ``(...)``, int32 or int64 class indices, on the device of the logits.
+        logits: ``(..., V)``, float16, bfloat16, float32 or float64, at least 2-D.  Any strides: they are copied only if
+            the last one is not 1, or if more than two leading dimensions do not collapse.  With ``shard``
+            ``(..., V_local)``, the columns of this rank.  Or a DTensor whose last dimension alone is sharded, by one
+            dimension of the mesh: it needs no ``shard``, and its gradient is sharded alike.
+        labels: ``(...)``, int32 or int64 class indices among all V columns, on the device of the logits, the same on
+            all ranks of a shard.  Rows whose label is ``ignore_index`` are not valid.
+        alpha: exponent of ``|p log(p/U)|``, in [1, 16].
+        beta: exponent of ``(1 - p)``, 0 or in [0.1, 16].
         lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
         lambda_kl: weight of KL, finite and >= 0.
-        ignore_index: label of the rows that are left out of every term.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, support).
-        alpha, beta, sparsity, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`fused_sced`.
+        sparsity: the tokens that enter SCED: ``None``, all of them, as in the equation; :class:`caref_kernels.TopK`,
+            the k largest logits; :class:`caref_kernels.EntropyTopK`, a number that follows from the entropy of the row.
+            Logits that are equal at the k-th place share the weight that is left.  With ``shard`` it takes an
+            all-gather of (N, max k) values, two more sums, and max k is read by the host.
+        ignore_index: label of the rows that are left out of every term, whatever their logits hold.
+        reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
+        num_items: divisor that replaces the number of valid rows in ``"mean"``: a number >= 0, or a 0-D tensor, whose
+            value is not read from a device.  0 is for a rank or a micro-batch without a valid row: loss and gradient
+            are 0.  With valid rows 0 is an error on the CPU; on a device the loss is infinite, with a zero gradient.
+        vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns (of all ranks).
+        backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
+        inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
+            needs).  Their version counter is raised, so that a later use of their value is an autograd error.  Hooks
+            under which another operator saved ``logits`` cannot be seen here and must have copied them.
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, num_kept).
+        shard: where the columns of this rank lie, if several ranks share the vocabulary: a
+            :class:`caref_kernels.VocabShard`, or the process group of ranks that hold the columns in their order.  A
+            group takes one small exchange of sizes per call; it is an error if every rank then holds the same columns
+            and no label is beyond them, as when all have whole logits (this is seen where a corner of 64 by 64 numbers
+            has at least 32 different ones).  Every rank calls the function with the same rows, labels and options.
+
     Returns:
-        The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats.
+        The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats; a scalar, or ``(...)`` for
+        ``"none"``.  ``"mean"`` over no row is NaN with a zero gradient.  All ranks of a shard get the same loss,
+        bitwise.
+
     Raises:
-        IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere such a row is NaN.
-        TypeError, ValueError, NotImplementedError: as in :func:`fused_sced`.
-    Precision, Compilation, Memory: as in :func:`fused_sced`.
+        IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere its row is NaN.
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a shape or a range that does not fit; the message gives both values.
+        NotImplementedError: an explicit backend that cannot run (with its reason), a torch.func transform, or a
+            sharded vocabulary inside torch.compile.
+        RuntimeError: ``inplace_backward`` under saved-tensor hooks (non-reentrant checkpointing, offloading), or
+            ``shard`` where torch.distributed is not initialised.
+
+    Note:
+        Precision: accumulation in float32 or better.  The relative error of a term is below 1e-5 and that of the norm
+        of a gradient row below 2e-5, also where 1 - p = 1e-12, given the number of kept tokens;
+        ceil(scale * exp(H)) itself may differ by one between backends.  Near-uniform rows with alpha near 1 are an
+        exception, see the documentation of the accuracy.  The results are deterministic: bitwise identical on every run
+        and for any number of threads.
+
+        Compilation: one graph under torch.compile.  Exponents, weights of terms and ``num_items`` may change from call
+        to call, as in a warm-up, at the price of one more compilation.
+
+        Memory: the logits and (N, 5) row statistics, (N, 8) with a top-k mask, are saved; the backward allocates the
+        gradient, or nothing if in place.
+
+        Communication with ``shard``: per row one MAX of 4 bytes and one SUM of 80 (alpha 2, beta 1; 56 to 152 for alpha
+        2 or 4 with beta 0, 1 or 2); for other exponents a SUM of 32 bytes and one of 16.  None in the backward.
     """
     config = CarefConfig(
         alpha=alpha,
@@ -154,27 +141,80 @@ def caref_loss(
         inplace_backward=inplace_backward,
         return_terms=return_terms,
     )
-    return caref_from_config(logits, labels, num_items, config)
+    return caref_from_config(logits, labels, num_items, config, shard)
+
+
+def fused_sced(
+    logits: Tensor,
+    *,
+    valid: Tensor | None = None,
+    alpha: float = CarefConfig.alpha,
+    beta: float = CarefConfig.beta,
+    sparsity: Sparsity | None = CarefConfig.sparsity,
+    reduction: Reduction = CarefConfig.reduction,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = CarefConfig.vocab_size,
+    backend: str = CarefConfig.backend,
+    inplace_backward: bool = CarefConfig.inplace_backward,
+) -> Tensor:
+    r"""The SCED regulariser alone, fused over the vocabulary.
+
+    .. math:: L = \sum_t \sum_v |p_{tv} \log(p_{tv} / U)|^\alpha (1 - p_{tv})^\beta,  \quad U = 1/V
+
+    Args:
+        logits: as in :func:`caref_loss`, with all columns on this rank.
+        valid: ``(...)``, bool or integer; a row with 0 contributes nothing and gets a zero gradient, whatever it holds.
+        alpha, beta, sparsity, reduction, num_items, vocab_size, backend, inplace_backward: as in :func:`caref_loss`.
+
+    Returns:
+        A scalar, or ``(...)`` for ``"none"``; float32 (float64 for float64 logits), in nats**alpha.  ``"mean"`` over no
+        row is NaN with a zero gradient.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as in :func:`caref_loss`.
+
+    Note:
+        Precision, compilation and memory are as in :func:`caref_loss`.
+    """
+    config = CarefConfig(
+        alpha=alpha,
+        beta=beta,
+        lambda_sced=1.0,
+        lambda_kl=0.0,
+        sparsity=sparsity,
+        reduction=reduction,
+        vocab_size=vocab_size,
+        backend=backend,
+        inplace_backward=inplace_backward,
+    )
+    return sced_from_config(logits, valid, num_items, config)
 
 
 def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
-    """:func:`fused_sced` with its options already in a configuration (the lambdas are not read)."""
+    """:func:`fused_sced` with its options already in a configuration, whose lambdas are not read."""
     check_logits("logits", logits, "fused_sced")
-    mask = None if valid is None else check_valid(valid, logits)
-    loss, *_ = _run(logits, mask, num_items, config, (0.0, 1.0, 0.0))
+    targets = None if valid is None else check_valid(valid, logits)
+    loss, *_ = _run(logits, targets, num_items, config, None)
     return loss
 
 
-def caref_from_config(logits: Tensor, labels: Tensor, num_items: float | Tensor | None, config: CarefConfig):
+def caref_from_config(
+    logits: Tensor,
+    labels: Tensor,
+    num_items: float | Tensor | None,
+    config: CarefConfig,
+    shard: VocabShard | dist.ProcessGroup | None = None,
+):
     """:func:`caref_loss` with its options already in a configuration."""
     check_order(logits, labels, labels, ("logits", "labels"), "caref_loss takes (logits, labels)")
-    check_logits("logits", logits, "caref_loss")
+    logits, shard = local_logits(logits, shard)
+    check_logits("logits", logits, "caref_loss", least_columns=1 if shard is None else 0)
     labels = check_labels(labels, logits)
-    weights = (1.0, float(config.lambda_sced), float(config.lambda_kl))
-    return name_results(*_run(logits, labels, num_items, config, weights), labels, config)
+    results = _run(logits, labels, num_items, config, shard)
+    return name_results(*results, labels if shard is None else None, config)
 
 
-def name_results(  # noqa: PLR0913
+def name_results(
     loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, targets: Tensor | None, config: CarefConfig
 ):
     """The loss, or the loss with its terms, as the configuration asks; without ``targets`` there is no accuracy."""
@@ -186,34 +226,59 @@ def name_results(  # noqa: PLR0913
     )
     observed = {"entropy": objective.entropy(residual, mean_shift)}
     if targets is not None:
-        is_correct = (argmax == targets) & labelled(targets, config.ignore_index)
+        is_correct = (argmax == targets) & valid_labels(targets, config.ignore_index)
         observed["accuracy"] = is_correct.to(stats.dtype)
     if config.sparsity is not None:
-        observed["support"] = stats[:, len(objective.STATISTICS) + objective.MASK_STATISTICS.index("support")]
+        observed["num_kept"] = stats[:, len(objective.STATISTICS) + objective.TOP_K_STATISTICS.index("num_kept")]
     if config.reduction != "none":
         observed = {name: divisor.divide(value.sum()) for name, value in observed.items()}
     observed = {name: value.reshape(shape) for name, value in observed.items()}
     return CarefOutput(loss, *(value.reshape(shape) for value in terms.unbind(-1)), **observed)
 
 
-def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, weights):
-    rows = _as_rows(logits)
-    spec, weights, *operands = settled(config.row_spec(rows.size(-1)), weights, logits)
-    name = backends.select(config.backend, rows, spec)
+def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, shard):
+    """Loss, terms, statistics and divisor; without labels the loss is SCED alone."""
+    if shard is None:
+        matrix = _as_rows(logits)
+    else:  # the sums see a negative bit, but the kernels of the gradient would not
+        matrix = logits.resolve_neg().reshape(math.prod(logits.shape[:-1]), logits.size(-1))
     if config.inplace_backward:
-        check_inplace(logits, rows)
+        check_inplace(logits, matrix)
     divisor = divisor_of(logits, targets, num_items, config)
+    is_sced = targets is None or targets.dtype == torch.bool
+    rows, weights, *operands = rows_of(shard, matrix.size(-1), logits, targets, config, matrix, is_sced)
     per_row = config.reduction == "none"
-    plan = Plan(spec, name, weights, per_row, divisor.any_items, config.inplace_backward)
-    loss, terms, stats = CarefFunction.apply(rows, targets, divisor.value, *operands, plan)
+    call = LossCall(rows, weights, per_row, divisor.any_items, config.inplace_backward)
+    loss, terms, stats = CarefFunction.apply(matrix, targets, divisor.value, *operands, call)
     return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
 
 
-def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
-    """(spec, weights, varying, numbers): what compiled code gets as a number that changes between calls as a tensor.
+def rows_of(
+    shard: VocabShard | dist.ProcessGroup | None,
+    columns: int,
+    part: Tensor,
+    targets: Tensor | None,
+    config: CarefConfig,
+    sample: Tensor,
+    is_sced: bool = False,
+) -> tuple[ops.Rows, tuple[float, float, float], Tensor | None, Tensor | None]:
+    """(rows, weights, varying, numbers) of a call; ``part`` has the ``columns``, ``sample`` selects the backend.
 
-    Dynamo takes such a number for a constant at first, then for one that changes; an operator that took it as a number
-    would make it a constant again, and every new value would compile the function anew.  ``varying`` and ``numbers``
+    ``weights`` are those of CE, SCED and KL, with ``is_sced`` those of SCED alone.
+    """
+    weights = (0.0, 1.0, 0.0) if is_sced else (1.0, float(config.lambda_sced), float(config.lambda_kl))
+    if shard is not None:
+        shard = resolved_shard(shard, columns, part, targets, config)
+        return ShardedRows.of(shard, backends.select(config.backend, sample), config), weights, None, None
+    spec, weights, varying, numbers = settled(config.row_spec(columns), weights, sample)
+    return ops.WholeRows(backends.select(config.backend, sample, spec), spec), weights, varying, numbers
+
+
+def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
+    """(spec, weights, varying, numbers), where a number that changes between calls of compiled code is in a tensor.
+
+    Dynamo takes a number for a constant at first, then for a symbol; an operator that took it as a number would make it
+    a constant again, and every new value would compile the function anew.  ``varying`` and ``numbers``
     are those of ops.py, or ``None``.
     """
     if not torch.compiler.is_compiling():
@@ -243,10 +308,10 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 class Divisor(NamedTuple):
-    """What the sums over rows are divided by: a 0-D tensor, ``None`` for "sum" and "none".
+    """The divisor of the sums over rows: a 0-D tensor, ``None`` for "sum" and "none".
 
-    A mean over no row is NaN.  With ``any_items`` the value is a number of items that nobody has read: if it is 0, the
-    loss is 0 where no row counts, and infinite elsewhere.
+    A mean over no row is NaN.  With ``any_items`` the value is a number of items that the host has not read: if it is
+    0, the loss is 0 where no row is valid, and infinite elsewhere.
     """
 
     value: Tensor | None
@@ -275,15 +340,15 @@ def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefC
         return Divisor(value, any_items=True)
     rows = int(_count(logits, targets, config, torch.int64))
     if rows:
-        raise ValueError(f"num_items must be > 0 where rows count; got {num_items!r} for {rows} rows that count")
+        raise ValueError(f"num_items must be > 0 where there are valid rows; got {num_items!r} for {rows} valid rows")
     return Divisor(torch.ones_like(value))
 
 
 def _count(logits: Tensor, targets: Tensor | None, config: CarefConfig, dtype: torch.dtype) -> Tensor:
-    """The number of rows that count."""
+    """The number of valid rows."""
     if targets is None:
         return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
-    counts = targets if targets.dtype == torch.bool else labelled(targets, config.ignore_index)
+    counts = targets if targets.dtype == torch.bool else valid_labels(targets, config.ignore_index)
     return counts.sum().to(dtype)
 
 

@@ -1,7 +1,8 @@
-"""The head's matrix products and the loss, chunk by chunk of rows, so that the (N, V) logits never exist.
+"""The matrix products of a head and the loss in chunks of rows, without materialising the (N, V) logits.
 
-A chunk's logits are made, read, overwritten by their gradient and multiplied away before the next chunk begins.  Rows
-that do not count are left out before the product.  Autograd is in autograd.py; inside these functions it is off.
+The logits of a chunk are computed, overwritten with their gradient, and used in the products of the backward before the
+next chunk begins.  Rows that are not valid are left out before the product.  Autograd is in linear.py; inside these
+functions it is off.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends.reference import check_labels, labelled
+from .checks import check_label_range, valid_labels
 from .config import RowSpec
+from .distributed.local_stats import blocks
 from .objective import NUM_TERMS, accumulation_dtype, statistics_of
-from .partial_rows import blocks
+from .ops import Rows
 
 # A chunk shorter than this makes the products slow; one up to SMALL_CHUNK_BYTES is not worth splitting further.
 LEAST_ROWS = 256
-# From here on a chunk's products hide what is read and written once per chunk, the weight and its gradient.
+# From here on the products of a chunk take longer than the traffic per chunk, of the weight and its gradient.
 GOOD_ROWS = 1024
 SMALL_CHUNK_BYTES = 64 * 2**20
 ROW_MULTIPLE = 64
-# Columns of the weight's gradient that are upcast together where a product cannot add to float32 by itself.
+# Columns of the gradient of the weight that are upcast together where a product cannot accumulate in float32.
 TILE_COLUMNS = 4096
 # Elements of a chunk on a device that exist a third time, in float32, where a softcap's derivative is applied.
 TILE_ELEMENTS = 2**24
@@ -46,12 +47,12 @@ class Head(NamedTuple):
 
     @property
     def logit_bytes(self) -> int:
-        """Bytes of a chunk for each of its logits: under a softcap the product and, in float32, what is made of it."""
+        """Bytes of a chunk per logit: with a softcap the product, and the capped logit in float32."""
         size = self.hidden.element_size()
         return size if self.softcap is None else size + accumulation_dtype(self.hidden.dtype).itemsize
 
     def multiply(self, hidden: Tensor, out: Tensor) -> None:
-        """Rows of logits, or of what the tanh gets, into ``out`` (n, V), with one rounding."""
+        """Write rows of logits, or of the argument of the tanh, into ``out`` (n, V), with one rounding."""
         factor = self.logit_scale / (self.softcap or 1.0)
         if self.bias is not None:
             torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
@@ -61,47 +62,16 @@ class Head(NamedTuple):
             torch.mm(hidden, self.weight.t(), out=out)
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted; of the others nothing is computed or allocated."""
+class NeedsInputGrad(NamedTuple):
+    """The gradients that are needed; nothing is computed or allocated for the others."""
 
     hidden: bool
     weight: bool
     bias: bool
 
 
-class Rows(Protocol):
-    """The loss of a block of logits (n, V): what a backend does, or several ranks with a part of the columns each.
-
-    ``common_columns`` is a number of columns that all ranks agree on, 0 for a single one.
-    """
-
-    common_columns: int
-
-    def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Terms (n, 3) and statistics (n, S)."""
-
-    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
-        """Write the gradient of sum(grad_terms * terms) into ``out``, which may be the logits."""
-
-
-class BackendRows(NamedTuple):
-    """:class:`Rows` of one backend."""
-
-    backend: str
-    spec: RowSpec
-    common_columns: int = 0
-
-    def forward(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See :class:`Rows`."""
-        return backends.get(self.backend).forward(logits, targets, self.spec)
-
-    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, out: Tensor) -> None:
-        """See :class:`Rows`."""
-        backends.get(self.backend).backward(grad_terms, logits, targets, stats, self.spec, out)
-
-
 def auto_chunk_rows(rows: int, head: Head, trains_weight: bool, columns: int = 0) -> int:
-    """Rows per chunk for ``rows`` rows that count; ``columns`` replaces V where ranks hold different numbers of them.
+    """Rows per chunk for ``rows`` valid rows; ``columns`` replaces V where ranks hold different numbers of them.
 
     The peak is ``a * chunk * V + b * V * D``: a the bytes of a logit, b those of an element of the weight's gradient,
     which no chunking makes smaller.  Every chunk reads the weight, and reads and writes its gradient, once more, so a
@@ -126,9 +96,8 @@ def forward(
     head: Head,
     targets: Tensor | None,
     rows: Rows,
-    spec: RowSpec,
     weights: list[float] | Tensor,
-    needs: Needs,
+    needs_input_grad: NeedsInputGrad,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) / logit_scale that are needed.
@@ -138,16 +107,15 @@ def forward(
     """
     dtype = accumulation_dtype(head.hidden.dtype)
     terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
-    stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(spec))), dtype=dtype)
+    stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(rows.spec))), dtype=dtype)
     grad_terms = weights if isinstance(weights, Tensor) else terms.new_tensor(weights)
-    gradients = _Gradients(head, needs)
-    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
+    gradients = _Gradients(head, needs_input_grad)
+    for chunk in _chunks(head, targets, rows, needs_input_grad, chunk_rows):
         terms[chunk.rows], chunk_stats = rows.forward(chunk.logits, chunk.targets)
         stats[chunk.rows] = chunk_stats
-        if any(needs):
-            rows.backward(
-                grad_terms.expand(len(chunk.hidden), -1), chunk.logits, chunk.targets, chunk_stats, chunk.logits
-            )
+        if any(needs_input_grad):
+            chunk_grad = grad_terms.expand(len(chunk.hidden), -1)
+            rows.gradient(chunk_grad, chunk.logits, chunk.targets, chunk_stats, inplace=True)
             gradients.add(chunk)
     return terms, stats, *gradients.take()
 
@@ -158,14 +126,13 @@ def backward(
     targets: Tensor | None,
     stats: Tensor,
     rows: Rows,
-    spec: RowSpec,
-    needs: Needs,
+    needs_input_grad: NeedsInputGrad,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of sum(grad_terms * terms) / logit_scale, with the logits computed again; as in :func:`forward`."""
-    gradients = _Gradients(head, needs)
-    for chunk in _chunks(head, targets, rows, spec, needs, chunk_rows):
-        rows.backward(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows], chunk.logits)
+    gradients = _Gradients(head, needs_input_grad)
+    for chunk in _chunks(head, targets, rows, needs_input_grad, chunk_rows):
+        rows.gradient(grad_terms[chunk.rows], chunk.logits, chunk.targets, stats[chunk.rows], inplace=True)
         gradients.add(chunk)
     return gradients.take()
 
@@ -175,7 +142,7 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # (n, D)
     targets: Tensor | None  # (n,)
     logits: Tensor  # (n, V), in a buffer that the next chunk uses again
-    product: Tensor  # (n, V) in the dtype of the head, likewise: what the tanh of a softcap got; the logits without one
+    product: Tensor  # (n, V) in the dtype of the head, likewise: the argument of the tanh; the logits without a softcap
 
     def gradient(self) -> Tensor:
         """(n, V) in the dtype of the head, once the logits are overwritten with their gradient; may be called once.
@@ -198,21 +165,21 @@ def _capped(product: Tensor, softcap: float, out: Tensor) -> Tensor:
 
 
 def _chunks(
-    head: Head, targets: Tensor | None, rows: Rows, spec: RowSpec, needs: Needs, chunk_rows: int
+    head: Head, targets: Tensor | None, rows: Rows, needs_input_grad: NeedsInputGrad, chunk_rows: int
 ) -> Iterator[_Chunk]:
-    kept = _kept_rows(targets, spec)
-    count = head.hidden.size(0) if kept is None else kept.numel()
+    valid = _valid_rows(targets, rows.spec)
+    count = head.hidden.size(0) if valid is None else valid.numel()
     if count == 0:
         return
-    size = min(count, chunk_rows or auto_chunk_rows(count, head, needs.weight, rows.common_columns))
+    size = min(count, chunk_rows or auto_chunk_rows(count, head, needs_input_grad.weight, rows.common_columns))
     buffer = head.hidden.new_empty((size, head.weight.size(0)))
     capped = buffer if head.softcap is None else torch.empty_like(buffer, dtype=accumulation_dtype(buffer.dtype))
     for start in range(0, count, size):
         where = slice(start, min(start + size, count))
-        chosen = where if kept is None else kept[where]
+        chosen = where if valid is None else valid[where]
         hidden = head.hidden[chosen]
-        if _cannot_wait(targets):  # a row that does not count may hold anything, and is multiplied all the same
-            hidden = torch.where(labelled(targets[chosen], spec.ignore_index)[:, None], hidden, 0)
+        if _is_capturing(targets):  # rows that are not valid may hold anything, and are multiplied all the same
+            hidden = torch.where(valid_labels(targets[chosen], rows.spec.ignore_index)[:, None], hidden, 0)
         logits = product = buffer[: len(hidden)]
         head.multiply(hidden, product)
         if head.softcap is not None:
@@ -220,54 +187,54 @@ def _chunks(
         yield _Chunk(chosen, hidden, None if targets is None else targets[chosen], logits, product)
 
 
-def _kept_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
-    """Indices of the rows that count, or ``None`` for all.
+def _valid_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
+    """Indices of the valid rows, or ``None`` for all.
 
-    On a GPU this waits once for the labels, which costs less than the products of the rows that are left out; a graph
-    that is being captured cannot wait and takes all rows.
+    On a GPU this synchronises once, to read the labels, which costs less than the products of the other rows.  A graph
+    that is being captured cannot synchronise, so it takes all rows.
     """
-    if targets is None or _cannot_wait(targets):
+    if targets is None or _is_capturing(targets):
         return None
-    kept = labelled(targets, spec.ignore_index).nonzero().squeeze(1)
-    return None if kept.numel() == targets.numel() else kept
+    valid = valid_labels(targets, spec.ignore_index).nonzero().squeeze(1)
+    return None if valid.numel() == targets.numel() else valid
 
 
-def _cannot_wait(targets: Tensor | None) -> bool:
+def _is_capturing(targets: Tensor | None) -> bool:
     return targets is not None and targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_targets(targets: Tensor, columns: int, spec: RowSpec) -> None:
     """Raise IndexError for a label on the CPU that is no column; on a device the kernels make its row NaN."""
     if targets.device.type == "cpu":
-        check_labels(targets, columns, spec.ignore_index)
+        check_label_range(targets, columns, spec.ignore_index)
 
 
 class _Gradients:
-    """Sums over the chunks; the first chunk is written, so that nothing is filled with zeros before."""
+    """Sums over the chunks; the first chunk is written, so that the memory need not be zeroed before."""
 
-    def __init__(self, head: Head, needs: Needs) -> None:
-        self.head, self.needs = head, needs
+    def __init__(self, head: Head, needs_input_grad: NeedsInputGrad) -> None:
+        self.head, self.needs_input_grad = head, needs_input_grad
         dtype = accumulation_dtype(head.hidden.dtype)
         columns, features = head.weight.shape
-        self.hidden = head.hidden.new_zeros(head.hidden.shape if needs.hidden else 0)
-        self.weight = head.hidden.new_empty((columns, features) if needs.weight else 0, dtype=dtype)
-        self.bias = head.hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
+        self.hidden = head.hidden.new_zeros(head.hidden.shape if needs_input_grad.hidden else 0)
+        self.weight = head.hidden.new_empty((columns, features) if needs_input_grad.weight else 0, dtype=dtype)
+        self.bias = head.hidden.new_zeros(columns if needs_input_grad.bias else 0, dtype=dtype)
         self.is_first = True
 
     def add(self, chunk: _Chunk) -> None:
-        """Add a chunk whose logits have been overwritten with their gradient."""
+        """Add the products of a chunk whose logits have been overwritten with their gradient."""
         gradient = chunk.gradient()
-        if self.needs.hidden:
+        if self.needs_input_grad.hidden:
             self._add_hidden(chunk.rows, gradient)
-        if self.needs.weight:
+        if self.needs_input_grad.weight:
             _accumulate(self.weight, gradient, chunk.hidden, self.is_first)
-        if self.needs.bias:
+        if self.needs_input_grad.bias:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
         self.is_first = False
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of hidden, weight and bias; empty where not needed."""
-        if self.is_first and self.needs.weight:
+        if self.is_first and self.needs_input_grad.weight:
             self.weight.zero_()
         return self.hidden, self.weight, self.bias
 
@@ -279,7 +246,7 @@ class _Gradients:
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
-    """total (V, D) += gradient^T hidden, in the dtype of ``total`` whatever that of the factors."""
+    """total (V, D) += gradient^T hidden, in the dtype of ``total`` whatever the dtype of the factors."""
     if total.dtype == gradient.dtype:
         _add_product(total, gradient.t(), hidden, is_first)
     elif total.device.type == "cuda" and _adds_in_float32(total.device, gradient.dtype):

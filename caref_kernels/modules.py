@@ -1,14 +1,19 @@
-"""nn.Module forms of the public functions, each holding one frozen configuration."""
+"""nn.Module forms of the public functions, each with a frozen configuration."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .config import CarefConfig, HeadOptions, check_options
+from .distributed.shard import VocabShard
 from .functional import CarefOutput, caref_from_config, sced_from_config
-from .fused_linear import linear_from_config
+from .linear import linear_from_config
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class _ConfiguredLoss(nn.Module):
@@ -33,13 +38,21 @@ class CarefLoss(_ConfiguredLoss):
 
     Args:
         config: a :class:`CarefConfig`, or give its fields as keywords.
+
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`caref_loss`.
     """
 
-    def forward(self, logits: Tensor, labels: Tensor, num_items: float | Tensor | None = None) -> Tensor | CarefOutput:
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_items: float | Tensor | None = None,
+        *,
+        shard: VocabShard | dist.ProcessGroup | None = None,
+    ) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.caref_loss` for shapes, dtypes, errors, precision and memory."""
-        return caref_from_config(logits, labels, num_items, self.config)
+        return caref_from_config(logits, labels, num_items, self.config, shard)
 
 
 class LinearCarefLoss(_ConfiguredLoss):
@@ -47,7 +60,8 @@ class LinearCarefLoss(_ConfiguredLoss):
 
     Args:
         config: a :class:`CarefConfig`, or give its fields as keywords.
-        logit_scale, softcap, chunk_rows: as in :func:`linear_caref_loss`.
+        logit_scale, softcap, chunk_rows, reduce_hidden_grad: as in :func:`linear_caref_loss`.
+
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`; the call raises as :func:`linear_caref_loss`.
     """
@@ -61,10 +75,13 @@ class LinearCarefLoss(_ConfiguredLoss):
         logit_scale: float = HeadOptions.logit_scale,
         softcap: float | None = HeadOptions.softcap,
         chunk_rows: int | None = HeadOptions.chunk_rows,
+        reduce_hidden_grad: bool = HeadOptions.reduce_hidden_grad,
         **options,
     ) -> None:
         super().__init__(config, **options)
-        self.head = HeadOptions(logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows)
+        self.head = HeadOptions(
+            logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows, reduce_hidden_grad=reduce_hidden_grad
+        )
 
     def extra_repr(self) -> str:
         """The configuration and the options of the head."""
@@ -77,16 +94,19 @@ class LinearCarefLoss(_ConfiguredLoss):
         labels: Tensor,
         bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        *,
+        shard: VocabShard | dist.ProcessGroup | None = None,
     ) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.linear_caref_loss` for shapes, dtypes, errors, precision and memory."""
-        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.head)
+        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.head, shard)
 
 
 class SCEDLoss(_ConfiguredLoss):
     """:func:`caref_kernels.fused_sced` as a module: ``SCEDLoss(alpha=2.0)(logits, valid)``.
 
     Args:
-        config: a :class:`CarefConfig` (its lambdas, ignore_index and return_terms are fixed by the term), or keywords.
+        config: a :class:`CarefConfig` (its lambdas, ignore_index and return_terms have no effect), or its fields.
+
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`, and for an option that this term does not have.
     """

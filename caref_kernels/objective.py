@@ -25,8 +25,8 @@ G = sum_{v != a} p_v f'_v.
     dKL/dz_j   = p_j (y_j - ybar)               no log V and no cancellation
     dCE/dz_j   = p_j - [j = t],  and -q_a for j = t = a
 
-With a mask w (sparsity.py) SCED = sum_v w_v f(p_v), and w_v f'_v takes the place of f'_v everywhere: columns outside
-the mask still receive the softmax term.
+With a top-k mask w (sparsity.py) SCED = sum_v w_v f(p_v), and w_v f'_v takes the place of f'_v everywhere: columns
+outside the mask still receive the softmax term.
 
 For beta < 1, f'_a grows like q_a^(beta-1) while p_j shrinks like q_a; the product is formed as
 (e_j / r) * (q_a p_a f'_a), whose two factors stay in range.
@@ -36,7 +36,7 @@ token the switch is at p = 2(L+1)/(3L+2) for alpha = 2, beta = 1 (0.69 at V = 49
 point, not a monotone penalty on confidence.
 
 These functions are differentiable twice and run on any device; the fused backends are tested against them in float64.
-The C++ and Triton row formulas are named twins of the functions here.
+The row formulas in C++, CUDA and Triton carry the names of their counterparts here.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ import torch
 from torch import Tensor
 
 from .config import RowSpec
-from .sparsity import RowMask, row_support, top_mask
+from .sparsity import TopKMask, num_kept_tokens, top_k_mask
 
 # Columns of the per-row terms and statistics that every backend returns.
 TERMS = ("ce", "sced", "kl")
 STATISTICS = ("maximum", "argmax", "residual", "mean_shift", "slope_sum")
-MASK_STATISTICS = ("support", "threshold", "tie_weight")  # further columns of rows with a mask
+TOP_K_STATISTICS = ("num_kept", "threshold", "tie_weight")  # further columns of rows with a top-k mask
 NUM_TERMS = len(TERMS)
 
 # y is clamped here from below (with a select, so that NaN passes): e^y is 0 there, and y * e^y must be 0, not NaN.
@@ -64,7 +64,7 @@ MAX_COLUMNS = 2**24
 
 
 class ShiftedRows(NamedTuple):
-    """A block of rows seen from its maxima; N rows, V columns."""
+    """A block of N rows and V columns, relative to the maxima of the rows."""
 
     shift: Tensor  # (N, V) y = z - m, clamped at SHIFT_FLOOR
     weight: Tensor  # (N, V) e^y, with 0 in the arg-max column
@@ -73,12 +73,12 @@ class ShiftedRows(NamedTuple):
     argmax: Tensor  # (N, 1) int64
     residual: Tensor  # (N, 1) r
     raw_shift: Tensor  # (N, V) y before the clamp, for the cross-entropy of unlikely labels
-    mask: RowMask | None = None
+    top_k: TopKMask | None = None
 
 
 def statistics_of(spec: RowSpec) -> tuple[str, ...]:
     """The columns of the row statistics for ``spec``."""
-    return STATISTICS + MASK_STATISTICS if spec.is_masked else STATISTICS
+    return STATISTICS + TOP_K_STATISTICS if spec.is_masked else STATISTICS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +87,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def shift_rows(logits: Tensor) -> ShiftedRows:
-    """See ``logits`` (N, V), float32 or float64, from its row maxima; a differentiable function of the logits."""
+    """``logits`` (N, V), float32 or float64, relative to the maxima of their rows; differentiable."""
     argmax = logits.argmax(-1, keepdim=True)
     maximum = logits.gather(-1, argmax)
     raw_shift = logits - maximum  # not detached: every term is exactly a function of these differences
@@ -99,12 +99,12 @@ def shift_rows(logits: Tensor) -> ShiftedRows:
     return ShiftedRows(shift, weight, is_top, maximum, argmax, residual, raw_shift)
 
 
-def mask_rows(rows: ShiftedRows, logits: Tensor, spec: RowSpec) -> ShiftedRows:
-    """``rows`` of ``logits`` with the mask of ``spec``; as they are if it has none."""
+def with_top_k(rows: ShiftedRows, logits: Tensor, spec: RowSpec) -> ShiftedRows:
+    """``rows`` of ``logits`` with the top-k mask of ``spec``; as they are if it has none."""
     if not spec.is_masked:
         return rows
     row_entropy = entropy(rows.residual, _mean_shift(rows)).detach()
-    return rows._replace(mask=top_mask(logits.detach(), row_support(row_entropy, spec.budget)))
+    return rows._replace(top_k=top_k_mask(logits.detach(), num_kept_tokens(row_entropy, spec.top_k)))
 
 
 def log_ratio_offset(residual: Tensor, vocab_size: int) -> Tensor:
@@ -145,8 +145,8 @@ def row_statistics(rows: ShiftedRows, spec: RowSpec) -> Tensor:
     mean_shift = _mean_shift(rows)
     slope_sum = _slope_sum(rows, spec) if spec.with_sced else torch.zeros_like(mean_shift)
     columns = (rows.maximum, rows.argmax.to(rows.shift.dtype), rows.residual, mean_shift, slope_sum)
-    if rows.mask is not None:
-        columns = (*columns, torch.where(rows.residual.isnan(), torch.nan, rows.mask.statistics()))
+    if rows.top_k is not None:
+        columns = (*columns, torch.where(rows.residual.isnan(), torch.nan, rows.top_k.statistics()))
     return torch.cat(columns, -1)
 
 
@@ -216,12 +216,12 @@ def _top(rows: ShiftedRows, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _masked(rows: ShiftedRows, values: Tensor) -> Tensor:
     """w times ``values`` (N, V)."""
-    return values if rows.mask is None else rows.mask.weight * values
+    return values if rows.top_k is None else rows.top_k.weight * values
 
 
 def _masked_top(rows: ShiftedRows, values: Tensor) -> Tensor:
     """w of the arg-max column times ``values`` (N, 1)."""
-    return values if rows.mask is None else rows.mask.weight.gather(-1, rows.argmax) * values
+    return values if rows.top_k is None else rows.top_k.weight.gather(-1, rows.argmax) * values
 
 
 def _sced(rows: ShiftedRows, offset: Tensor, spec: RowSpec) -> Tensor:

@@ -1,13 +1,13 @@
-"""Which tokens of a row count in SCED: the policies, and the mask they give, in plain torch.
+"""Which tokens of a row enter SCED: the policies, and the top-k mask that they give, in plain torch.
 
-A mask is the row's k largest logits.  With tau the k-th largest of them, n_gt the number of columns above tau and n_eq
-the number that equal it:
+A top-k mask keeps the k largest logits of a row.  With tau the k-th largest of them, n_gt the number of columns above
+tau and n_eq the number that equal it:
 
     w = 1 above tau        w = (k - n_gt) / n_eq at tau        w = 0 below
 
 The weights of a row sum to k exactly, the value is that of any way to break the tie, and the order of the columns does
-not matter.  Ties are the rule in 16 bits.  -0.0 equals 0.0, and columns of -inf are never part of a mask: a row with
-fewer than k others keeps those.  The mask is a constant of the gradient.
+not matter.  Ties are the rule in 16 bits.  -0.0 equals 0.0, and columns of -inf are never part of a top-k mask: a
+row with fewer than k others keeps those.  The mask is a constant for the gradient.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 MOST_TOKENS = 2**31 - 1
 
 
-class Budget(NamedTuple):
-    """k = ceil(scale * exp(H)) clipped to [k_min, min(k_max, V)], as operators take it; k_min 0 stands for no mask."""
+class TopKSpec(NamedTuple):
+    """k = ceil(scale * exp(H)) clipped to [k_min, min(k_max, V)], as operators take it; k_min 0 means no mask."""
 
     scale: float = 0.0
     k_min: int = 0
-    k_max: int = 0  # 0 stands for V
+    k_max: int = 0  # 0 means V
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,23 @@ class TopK:
     def __post_init__(self) -> None:
         _check_count("k", self.k, 1)
 
-    def budget(self) -> Budget:
-        """What operators take."""
-        return Budget(0.0, int(self.k), int(self.k))
+    def top_k_spec(self) -> TopKSpec:
+        """The policy as operators take it."""
+        return TopKSpec(0.0, int(self.k), int(self.k))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTopK:
     """The k_t largest logits of row t, with k_t = ceil(scale * exp(H_t)) clipped to [k_min, min(k_max, V)].
 
-    exp(H), the entropy's number of tokens, is what a row spreads its probability over: a confident row keeps few, a
+    exp(H) is the number of tokens over which a row spreads its probability: a confident row keeps few tokens, a
     diffuse one many.  On rows of real language models ``scale=1`` keeps 99.97 % of SCED, so that it hardly differs from
-    no mask; 0.1 to 0.25 is where it matters.
+    no mask; values from 0.1 to 0.25 change the loss.
 
     Args:
         scale: finite and positive.
         k_min: fewest tokens of a row, an integer from 1 on.
-        k_max: most tokens of a row, an integer from ``k_min`` on; ``None`` stands for the number of columns.
+        k_max: most tokens of a row, an integer from ``k_min`` on; ``None`` means the number of columns.
     Raises:
         TypeError, ValueError: an argument has the wrong type, or is out of its range.
     """
@@ -84,9 +84,9 @@ class EntropyTopK:
             if self.k_max < self.k_min:
                 raise ValueError(f"k_max must be None or at least k_min = {self.k_min}; got {self.k_max!r}")
 
-    def budget(self) -> Budget:
-        """What operators take."""
-        return Budget(float(self.scale), int(self.k_min), 0 if self.k_max is None else int(self.k_max))
+    def top_k_spec(self) -> TopKSpec:
+        """The policy as operators take it."""
+        return TopKSpec(float(self.scale), int(self.k_min), 0 if self.k_max is None else int(self.k_max))
 
 
 Sparsity = TopK | EntropyTopK
@@ -100,45 +100,45 @@ def check_sparsity(sparsity: object) -> None:
         )
 
 
-class RowMask(NamedTuple):
-    """The masks of N rows of V columns; constants for autograd."""
+class TopKMask(NamedTuple):
+    """The top-k masks of N rows of V columns; constants for autograd."""
 
     weight: Tensor  # (N, V) w
-    support: Tensor  # (N, 1) k
+    num_kept: Tensor  # (N, 1) k
     threshold: Tensor  # (N, 1) tau
     tie_weight: Tensor  # (N, 1) (k - n_gt) / n_eq
 
     def statistics(self) -> Tensor:
-        """(N, 3): what a backward needs to make the mask again."""
-        return torch.cat((self.support, self.threshold, self.tie_weight), -1)
+        """(N, 3): what a backward needs to compute the mask again."""
+        return torch.cat((self.num_kept, self.threshold, self.tie_weight), -1)
 
 
 @torch.no_grad()
-def row_support(entropy: Tensor, budget: Budget) -> Tensor:
-    """(N, 1) int64: k of each row from its entropy (N, 1) in nats; NaN gives k_min, whose row is NaN anyway.
+def num_kept_tokens(entropy: Tensor, top_k: TopKSpec) -> Tensor:
+    """(N, 1) int64: k of each row from its entropy (N, 1) in nats; NaN gives k_min, and the row is NaN anyway.
 
-    ``budget`` has k_max as a number.
+    ``top_k`` has k_max as a number.
     """
-    wanted = (budget.scale * entropy.double().exp()).ceil()
-    wanted = torch.where(wanted >= budget.k_min, wanted, float(budget.k_min))  # NaN compares false
-    return wanted.clamp_max(budget.k_max).long()
+    wanted = (top_k.scale * entropy.double().exp()).ceil()
+    wanted = torch.where(wanted >= top_k.k_min, wanted, float(top_k.k_min))  # NaN compares false
+    return wanted.clamp_max(top_k.k_max).long()
 
 
 @torch.no_grad()
-def top_mask(logits: Tensor, support: Tensor) -> RowMask:
-    """The mask of the ``support`` (N, 1) largest of each row of ``logits`` (N, V), float32 or float64.
+def top_k_mask(logits: Tensor, num_kept: Tensor) -> TopKMask:
+    """The mask of the ``num_kept`` (N, 1) largest of each row of ``logits`` (N, V), float32 or float64.
 
-    By a sort: this is the oracle, not a kernel.  Rows with NaN get a mask that means nothing.
+    It sorts every row, because this is the reference, not a kernel.  The mask of a row with NaN has no meaning.
     """
     finite = (logits > -math.inf).sum(-1, keepdim=True).clamp_min(1)
-    support = torch.minimum(support, finite)
-    threshold = logits.sort(-1, descending=True).values.gather(-1, support - 1)
+    num_kept = torch.minimum(num_kept, finite)
+    threshold = logits.sort(-1, descending=True).values.gather(-1, num_kept - 1)
     above = logits > threshold
     equal = logits == threshold
-    missing = support - above.sum(-1, keepdim=True)
+    missing = num_kept - above.sum(-1, keepdim=True)
     tie_weight = missing.to(logits.dtype) / equal.sum(-1, keepdim=True).clamp_min(1)
     weight = torch.where(equal, tie_weight, above.to(logits.dtype))
-    return RowMask(weight, support.to(logits.dtype), threshold, tie_weight)
+    return TopKMask(weight, num_kept.to(logits.dtype), threshold, tie_weight)
 
 
 def _check_count(name: str, value: object, low: int) -> None:

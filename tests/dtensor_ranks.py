@@ -16,11 +16,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional
 
 from caref_kernels import (
+    VocabShard,
     caref_loss,
     fused_sced,
     linear_caref_loss,
-    vocab_parallel_caref_loss,
-    vocab_parallel_linear_caref_loss,
 )
 from caref_kernels.testing import check_identity, make_case
 
@@ -38,7 +37,6 @@ def run(rank: int, world: int, store: str) -> None:
             return
         mesh = init_device_mesh("cpu", (world,))
         check_logits(mesh)
-        check_spread_logits(mesh)
         check_weights(mesh)
         check_hidden(mesh)
         check_rows(mesh)
@@ -93,8 +91,7 @@ def check_logits(mesh: DeviceMesh) -> None:
     items = int((labels != -100).sum())
 
     z = spread(logits, mesh, Shard(1))
-    refused(lambda: caref_loss(z, labels), "logits", "over the ranks: use vocab_parallel_caref_loss(logits, labels)")
-    check(vocab_parallel_caref_loss(z, labels), z, expected, gradient)
+    check(caref_loss(z, labels), z, expected, gradient)
     refused(lambda: fused_sced(z), "logits", "pass logits.full_tensor()")
     assert torch.isfinite(fused_sced(z.full_tensor()))
 
@@ -115,59 +112,33 @@ def check_logits(mesh: DeviceMesh) -> None:
     check_identity(caref_loss(z.full_tensor(), labels), expected, "float32_terms")
 
 
-def check_spread_logits(mesh: DeviceMesh) -> None:
-    """The same for the function that takes a DTensor, if it is spread as it should be."""
-    logits, labels, *_ = case()
-    expected, (gradient,) = exact(logits, labels=labels)
-    items = int((labels != -100).sum())
-    z = spread(logits, mesh, Replicate())
-    advice = "every rank holds all of it: use caref_loss(local_logits.to_local(), labels)"
-    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
-    check(caref_loss(z.to_local(), labels), z, expected, gradient)
-    z = spread(logits, mesh, Shard(0))
-    advice = (
-        "the ranks hold whole rows: call caref_loss with local_logits.to_local() and the labels (or valid) of its rows"
-    )
-    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
-    check(caref_loss(z.to_local(), own(labels, mesh), num_items=items), z, expected, gradient, is_part=True)
-    z = DTensor.from_local(logits / mesh.size(), mesh, [Partial()])
-    advice = "pass local_logits.full_tensor() to caref_loss"
-    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
-    check_identity(caref_loss(z.full_tensor(), labels), expected, "float32_terms")
-
-
 def check_weights(mesh: DeviceMesh) -> None:
     _, labels, hidden, weight = case()
     expected, (_, gradient) = exact(hidden, weight, labels=labels)
-    both = linear_caref_loss, vocab_parallel_linear_caref_loss
 
     w = spread(weight, mesh, Shard(0))
-    for function, name, advice in (
-        (
-            both[0],
-            "weight",
-            "call vocab_parallel_linear_caref_loss with weight.to_local() and the group weight.device_mesh",
-        ),
-        (both[1], "local_weight", "pass local_weight.to_local() and the group local_weight.device_mesh.get_group()"),
+    for advice in (
+        "pass weight.to_local() and shard=VocabShard.of_dtensor(weight, 0)",
+        "if fully_shard (FSDP2) shards it",
     ):
-        refused(lambda: function(hidden, w, labels), name, advice)  # noqa: B023
-        refused(lambda: function(hidden, w, labels), name, "if fully_shard (FSDP2) shards it")  # noqa: B023
-    check(both[1](hidden, w.to_local(), labels, w.device_mesh.get_group()), w, expected, gradient)
+        refused(lambda: linear_caref_loss(hidden, w, labels), "weight", advice)
+    loss = linear_caref_loss(hidden, w.to_local(), labels, shard=VocabShard.of_dtensor(w, 0))
+    check(loss, w, expected, gradient)
 
     w = spread(weight, mesh, Replicate())
-    refused(lambda: both[0](hidden, w, labels), "weight", "every rank holds all of it: pass weight.to_local()")
-    advice = "every rank holds all of it: pass local_weight.to_local() to linear_caref_loss"
-    refused(lambda: both[1](hidden, w, labels), "local_weight", advice)
-    check(both[0](hidden, w.to_local(), labels), w, expected, gradient)
+    advice = "every rank holds all of it: pass weight.to_local()"
+    refused(lambda: linear_caref_loss(hidden, w, labels), "weight", advice)
+    check(linear_caref_loss(hidden, w.to_local(), labels), w, expected, gradient)
 
     w = spread(weight, mesh, Shard(1))
-    refused(lambda: both[0](hidden, w, labels), "weight", "pass weight.full_tensor()")
-    refused(lambda: both[1](hidden, w, labels), "local_weight", "pass local_weight.full_tensor() to linear_caref_loss")
-    check(both[0](hidden, w.full_tensor(), labels), w, expected, gradient)
+    refused(lambda: linear_caref_loss(hidden, w, labels), "weight", "pass weight.full_tensor()")
+    check(linear_caref_loss(hidden, w.full_tensor(), labels), w, expected, gradient)
+    with pytest.raises(ValueError, match="dim: exactly one dimension of the mesh must shard dimension 0"):
+        VocabShard.of_dtensor(w, 0)
 
     b = spread(torch.zeros(COLUMNS), mesh, Replicate())
-    refused(lambda: both[0](hidden, weight, labels, b), "bias", "every rank holds all of it: pass bias.to_local()")
-    check_identity(both[0](hidden, weight, labels, b.to_local()).detach(), expected, "float32_terms")
+    refused(lambda: linear_caref_loss(hidden, weight, labels, b), "bias", "every rank holds all of it")
+    check_identity(linear_caref_loss(hidden, weight, labels, b.to_local()).detach(), expected, "float32_terms")
 
 
 def check_hidden(mesh: DeviceMesh) -> None:
@@ -176,19 +147,19 @@ def check_hidden(mesh: DeviceMesh) -> None:
     items = int((labels != -100).sum())
     part = own(weight, mesh)
     h = spread(hidden, mesh, Replicate())
-    for function, matrix in ((linear_caref_loss, weight), (vocab_parallel_linear_caref_loss, part)):
+    for matrix, shard in ((weight, None), (part, mesh.get_group())):
         advice = "every rank holds all of it: pass hidden.to_local()"
-        refused(lambda: function(h, matrix, labels), "hidden", advice)  # noqa: B023
+        refused(lambda: linear_caref_loss(h, matrix, labels, shard=shard), "hidden", advice)  # noqa: B023
         h.grad = None
-        check(function(h.to_local(), matrix, labels), h, expected, gradient)
+        check(linear_caref_loss(h.to_local(), matrix, labels, shard=shard), h, expected, gradient)
 
     h = spread(hidden, mesh, Shard(0))
     refused(lambda: linear_caref_loss(h, weight, labels), "hidden", "pass hidden.to_local() and the labels of its rows")
     loss = linear_caref_loss(h.to_local(), weight, own(labels, mesh), num_items=items)
     check(loss, h, expected, gradient, is_part=True)
     h = spread(hidden, mesh, Shard(0))
-    refused(lambda: vocab_parallel_linear_caref_loss(h, part, labels), "hidden", "pass hidden.full_tensor()")
-    check(vocab_parallel_linear_caref_loss(h.full_tensor(), part, labels), h, expected, gradient)
+    loss = linear_caref_loss(h.full_tensor(), part, labels, shard=mesh.get_group())
+    check(loss, h, expected, gradient)
 
     h = spread(hidden, mesh, Shard(1))
     refused(lambda: linear_caref_loss(h, weight, labels), "hidden", "pass hidden.full_tensor()")
@@ -229,12 +200,11 @@ def check_fully_shard(mesh: DeviceMesh) -> None:
     head = Head(weight)
     fully_shard(head, mesh=mesh)
     rows, targets, items = own(hidden, mesh), own(labels, mesh), int((labels != -100).sum())
-    for function, name in ((linear_caref_loss, "weight"), (vocab_parallel_linear_caref_loss, "local_weight")):
-        for advice in (
-            "no vocabulary-parallel head: compute the loss inside of the module's forward",
-            "caref_kernels.integrations.transformers.apply_caref(model, fuse_head=True)",
-        ):
-            refused(lambda: function(rows, head.weight, targets), name, advice)  # noqa: B023
+    for advice in (
+        "no sharded vocabulary: compute the loss inside of the module's forward",
+        "caref_kernels.integrations.transformers.apply_caref(model, fuse_head=True)",
+    ):
+        refused(lambda: linear_caref_loss(rows, head.weight, targets), "weight", advice)
     loss = head(rows, targets, items)
     (loss * mesh.size()).backward()  # FSDP averages
     value = loss.detach().clone()
@@ -249,24 +219,24 @@ def check_two_dimensions(mesh: DeviceMesh) -> None:
     expected, (gradient,) = exact(logits, labels=labels)
     items = int((labels != -100).sum())
     z = spread(logits, mesh, Shard(0), Shard(1))
-    parts = "{0}.to_local(), the labels of its rows, and {0}.device_mesh.get_group(1)"
-    refused(lambda: caref_loss(z, labels), "logits", "call vocab_parallel_caref_loss with " + parts.format("logits"))
-    advice = "pass " + parts.format("local_logits") + " as group"
-    refused(lambda: vocab_parallel_caref_loss(z, labels), "local_logits", advice)
+    advice = "pass logits.to_local(), the labels of its rows, and shard=VocabShard.of_dtensor(logits, -1)"
+    refused(lambda: caref_loss(z, labels), "logits", advice)
     targets = labels.chunk(2)[mesh.get_local_rank(0)]
-    loss = vocab_parallel_caref_loss(z.to_local(), targets, z.device_mesh.get_group(1), num_items=items)
+    loss = caref_loss(z.to_local(), targets, shard=VocabShard.of_dtensor(z, -1), num_items=items)
     loss.backward()
     value = loss.detach().clone()
     dist.all_reduce(value, group=mesh.get_group(0))
     check_identity(value, expected, "float32_terms")
     check_identity(z.grad.full_tensor(), gradient, "float32_gradient")
 
+    for placements in ((Replicate(), Shard(1)), (Shard(1), Replicate())):
+        both = spread(logits, mesh, *placements)
+        check(caref_loss(both, labels), both, expected, gradient)
+
     w = spread(weight, mesh, Replicate(), Shard(0))
-    advice = (
-        "call vocab_parallel_linear_caref_loss with weight.to_local() and the group weight.device_mesh.get_group(1)"
-    )
+    advice = "pass weight.to_local() and shard=VocabShard.of_dtensor(weight, 0)"
     refused(lambda: linear_caref_loss(hidden, w, labels), "weight", advice)
-    loss = vocab_parallel_linear_caref_loss(hidden, w.to_local(), labels, w.device_mesh.get_group(1))
+    loss = linear_caref_loss(hidden, w.to_local(), labels, shard=VocabShard.of_dtensor(w, 0))
     expected, (_, gradient) = exact(hidden, weight, labels=labels)
     check(loss, w, expected, gradient)
     w = spread(weight, mesh, Shard(0), Shard(0))

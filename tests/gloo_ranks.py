@@ -17,8 +17,7 @@ from caref_kernels import (
     EntropyTopK,
     VocabShard,
     caref_loss,
-    vocab_parallel_caref_loss,
-    vocab_parallel_linear_caref_loss,
+    linear_caref_loss,
 )
 from caref_kernels.testing import check_gradient, check_identity, make_case, oracle
 
@@ -82,8 +81,8 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
         expected = oracle(logits, labels, ("loss",), **options)
         for reduction, scale in (("sum", 1), ("mean", 10), ("none", 1)):
             local = logits[:, columns].clone().requires_grad_()
-            for group in (shard, None):
-                loss = vocab_parallel_caref_loss(local, labels, group, reduction=reduction, **options)
+            for group in (shard, dist.group.WORLD):
+                loss = caref_loss(local, labels, shard=group, reduction=reduction, **options)
                 value = expected.terms.loss
                 check_identity(loss.detach(), value if reduction == "none" else value.sum() / scale, "float32_terms")
                 (gradient,) = torch.autograd.grad(loss.sum(), local)
@@ -91,7 +90,7 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
                 check_part(gradient, whole, columns, f"{options} {reduction}")
     # Terms, a gradient of one of them, three dimensions, and the gradient in place.
     shaped = (logits[:12, columns] * 1).view(3, 4, -1).requires_grad_()
-    out = vocab_parallel_caref_loss(shaped, labels[:12].view(3, 4), shard, return_terms=True, inplace_backward=False)
+    out = caref_loss(shaped, labels[:12].view(3, 4), shard=shard, return_terms=True, inplace_backward=False)
     expected = oracle(logits[:12], labels[:12])
     rows = (labels[:12] != -100).sum()
     check_identity(out.entropy, expected.terms.entropy.sum() / rows, "float32_terms")
@@ -99,14 +98,14 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
     check_part(gradient.flatten(0, 1), expected.gradients["sced"] / rows, columns, "sced")
     leaf = logits[:, columns].clone().requires_grad_()
     passing = leaf * 1
-    vocab_parallel_caref_loss(passing, labels, shard, reduction="sum", inplace_backward=True).backward()
+    caref_loss(passing, labels, shard=shard, reduction="sum", inplace_backward=True).backward()
     expected = oracle(logits, labels, ("loss",)).gradients["loss"]
     check_part(leaf.grad, expected, columns, "in place")
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with hooks, pytest.raises(RuntimeError, match="inplace_backward=True cannot be used under saved-tensor hooks"):
-        vocab_parallel_caref_loss(leaf * 1, labels, shard, inplace_backward=True)
+        caref_loss(leaf * 1, labels, shard=shard, inplace_backward=True)
     negated = logits[:, columns].neg().requires_grad_()
-    vocab_parallel_caref_loss(torch._neg_view(negated), labels, shard, reduction="sum").backward()
+    caref_loss(torch._neg_view(negated), labels, shard=shard, reduction="sum").backward()
     check_part(-negated.grad, expected, columns, "negative bit")
 
 
@@ -132,8 +131,8 @@ def check_head(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
         for chunk_rows in (None, 4):
             hidden, weight, bias = (tensor.clone() for tensor in tensors)
             local = [t.requires_grad_() for t in (hidden, weight[columns], bias[columns])]
-            loss = vocab_parallel_linear_caref_loss(
-                *local[:2], labels, shard, local[2], logit_scale=scale, softcap=cap, reduction=reduction,
+            loss = linear_caref_loss(
+                *local[:2], labels, local[2], shard=shard, logit_scale=scale, softcap=cap, reduction=reduction,
                 chunk_rows=chunk_rows,
             )  # fmt: skip
             check_identity(loss.detach(), exact.detach(), "float32_terms" if dtype == torch.float32 else identity)
@@ -143,7 +142,7 @@ def check_head(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
                 rest = whole.to(dtype)
                 rest[columns] = gradient
                 check_identity(rest, whole, identity, "weight or bias")
-    part = vocab_parallel_linear_caref_loss(local[0], local[1], labels, shard, local[2], reduce_hidden=False)
+    part = linear_caref_loss(local[0], local[1], labels, local[2], shard=shard, reduce_hidden_grad=False)
     (own,) = torch.autograd.grad(part, local[0])
     dist.all_reduce(own)
     exact = caref_loss(functional.linear(*wide), labels, backend="reference")
@@ -155,7 +154,7 @@ def check_counts(columns: slice, shard: VocabShard) -> None:
     logits, labels = case_of(torch.float32)
     local = logits[:, columns].clone().requires_grad_()
     with recorded() as calls:
-        loss = vocab_parallel_caref_loss(local, labels, shard)
+        loss = caref_loss(local, labels, shard=shard)
         assert calls == [("MAX", 4 * ROWS), ("SUM", 80 * ROWS)], calls
         loss.backward()
         assert len(calls) == 2, calls
@@ -163,12 +162,12 @@ def check_counts(columns: slice, shard: VocabShard) -> None:
     weight = torch.randn(columns.stop - columns.start, FEATURES)
     with recorded() as calls:
         # 10 of the 13 rows count, so there are chunks of 6 and 4.
-        loss = vocab_parallel_linear_caref_loss(hidden, weight, labels, shard, chunk_rows=6)
+        loss = linear_caref_loss(hidden, weight, labels, shard=shard, chunk_rows=6)
         assert calls == [("MAX", 24), ("SUM", 480), ("MAX", 16), ("SUM", 320)], calls
         loss.backward()
         assert calls[4:] == [("SUM", 4 * ROWS * FEATURES)], calls
     with recorded() as calls:
-        vocab_parallel_caref_loss(local, labels)
+        caref_loss(local, labels, shard=dist.group.WORLD)
         assert [kind for kind, _ in calls] == ["GATHER", "MAX", "SUM"], calls
 
 
@@ -177,14 +176,14 @@ def check_dtensor(world: int) -> None:
     for columns in (COLUMNS, 5):  # 5 columns leave the fourth of four ranks none
         case = make_case("normal_1", 6, columns, seed=3)
         logits = distribute_tensor(case.logits, mesh, [Shard(1)]).requires_grad_()
-        loss = vocab_parallel_caref_loss(logits, case.labels)
+        loss = caref_loss(logits, case.labels)
         loss.backward()
         expected = oracle(*case, ("loss",))
         check_identity(loss.detach(), expected.terms.loss.mean(), "float32_terms")
         assert logits.grad.placements == (Shard(1),)
         check_identity(logits.grad.full_tensor(), expected.gradients["loss"] / 6, "float32_gradient")
-        with pytest.raises(ValueError, match=r"group must be None for a DTensor"):
-            vocab_parallel_caref_loss(logits, case.labels, dist.group.WORLD)
+        with pytest.raises(TypeError, match=r"shard must be None for a DTensor"):
+            caref_loss(logits, case.labels, shard=dist.group.WORLD)
 
 
 def check_same_columns(world: int) -> None:
@@ -192,23 +191,23 @@ def check_same_columns(world: int) -> None:
     logits, labels = case_of(torch.float32)
     for whole in (logits, logits.bfloat16(), logits.view(1, *logits.shape)):
         with recorded() as calls, pytest.raises(ValueError, match=f"taken for {world} x {COLUMNS} columns"):
-            vocab_parallel_caref_loss(whole, labels.view(whole.shape[:-1]))
+            caref_loss(whole, labels.view(whole.shape[:-1]), shard=dist.group.WORLD)
         assert calls == [("GATHER", 24)]
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(size, FEATURES, generator=generator) for size in (ROWS, COLUMNS))
     with pytest.raises(ValueError, match=r"look like whole logits \(or a whole head\).*pass a VocabShard"):
-        vocab_parallel_linear_caref_loss(hidden, weight, labels)
+        linear_caref_loss(hidden, weight, labels, shard=dist.group.WORLD)
     # What is no such mistake: said to be meant, labels beyond, nothing to tell the ranks apart by, other numbers.
     meant = VocabShard.gather(COLUMNS)
     beyond = torch.where(labels == 202, 203, labels)
     for part, targets, group in (
         (logits, labels, meant),
-        (logits, beyond, None),
-        (torch.zeros_like(logits), labels, None),
-        (logits, torch.full_like(labels, -100), None),
-        (logits + dist.get_rank(), labels, None),
+        (logits, beyond, dist.group.WORLD),
+        (torch.zeros_like(logits), labels, dist.group.WORLD),
+        (logits, torch.full_like(labels, -100), dist.group.WORLD),
+        (logits + dist.get_rank(), labels, dist.group.WORLD),
     ):
-        loss = vocab_parallel_caref_loss(part, targets, group, reduction="sum")
+        loss = caref_loss(part, targets, shard=group, reduction="sum")
         every = [torch.empty_like(part) for _ in range(world)]
         dist.all_gather(every, part)
         expected = caref_loss(torch.cat(every, -1).double(), targets, reduction="sum", backend="reference")
@@ -222,30 +221,32 @@ def check_refusals(columns: slice, shard: VocabShard) -> None:
     wrong[0] = COLUMNS
     with recorded() as calls:
         with pytest.raises(IndexError, match="target 203 at row 0"):
-            vocab_parallel_caref_loss(local, wrong, shard)
+            caref_loss(local, wrong, shard=shard)
         with pytest.raises(ValueError, match="alpha must be in"):
-            vocab_parallel_caref_loss(local, labels, shard, alpha=0.5)
+            caref_loss(local, labels, shard=shard, alpha=0.5)
         with pytest.raises(ValueError, match=r"VocabShard has \d+ columns, but this rank holds 7"):
-            vocab_parallel_caref_loss(logits[:, :7], labels, shard)
-        with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup, a VocabShard or None"):
-            vocab_parallel_caref_loss(local, labels, "tensor-parallel")
-        with pytest.raises(TypeError, match="reduce_hidden must be True or False; got 1"):
-            vocab_parallel_linear_caref_loss(logits, local, labels, shard, reduce_hidden=1)
-        with pytest.raises(ValueError, match="num_items must be > 0 where rows count; got 0 for 10 rows that count"):
-            vocab_parallel_caref_loss(local, labels, shard, num_items=0)
+            caref_loss(logits[:, :7], labels, shard=shard)
+        with pytest.raises(TypeError, match="shard must be a VocabShard, a torch.distributed.ProcessGroup or None"):
+            caref_loss(local, labels, shard="tensor-parallel")
+        with pytest.raises(TypeError, match="reduce_hidden_grad must be True or False; got 1"):
+            linear_caref_loss(logits, local, labels, shard=shard, reduce_hidden_grad=1)
+        with pytest.raises(
+            ValueError, match="num_items must be > 0 where there are valid rows; got 0 for 10 valid rows"
+        ):
+            caref_loss(local, labels, shard=shard, num_items=0)
     assert calls == []
     nothing = torch.full_like(labels, -100)
     for leaf, loss_of in (
-        (local.clone(), lambda leaf: vocab_parallel_caref_loss(leaf, nothing, shard, num_items=0)),
-        (logits[:, :5].clone(), lambda leaf: vocab_parallel_linear_caref_loss(
-            leaf, torch.ones(local.size(1), 5), nothing, shard, num_items=torch.tensor(0)
+        (local.clone(), lambda leaf: caref_loss(leaf, nothing, shard=shard, num_items=0)),
+        (logits[:, :5].clone(), lambda leaf: linear_caref_loss(
+            leaf, torch.ones(local.size(1), 5), nothing, shard=shard, num_items=torch.tensor(0)
         )),
     ):  # fmt: skip
         loss = loss_of(leaf.requires_grad_())
         loss.backward()
         assert loss.item() == torch.count_nonzero(leaf.grad) == 0
     leaf = local.clone().requires_grad_()
-    loss = vocab_parallel_caref_loss(leaf, labels, shard)
+    loss = caref_loss(leaf, labels, shard=shard)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(gradient.sum(), leaf)

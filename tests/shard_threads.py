@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from caref_kernels import CarefConfig
-from caref_kernels.shards import ShardRows
+from caref_kernels.distributed.shard import ShardedRows
 
 # Triton's interpreter has global state; a backward exchanges nothing, so it may run alone.
 _ONE_AT_A_TIME = threading.Lock()
@@ -35,8 +35,8 @@ class Meeting:
         return found
 
 
-class ThreadExchange:
-    """See caref_kernels.shards.Exchange."""
+class ThreadCollectives:
+    """See caref_kernels.distributed.collectives.Collectives."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting, self.rank = meeting, rank
@@ -80,18 +80,16 @@ def evaluate_split(logits: Tensor, labels: Tensor, cuts: list[int], backend: str
     meeting = Meeting(len(shards))
 
     def one(rank: int):
-        exchange = ThreadExchange(meeting, rank)
-        rows = ShardRows(exchange, starts[rank], logits.size(1), backend, spec)
+        collectives = ThreadCollectives(meeting, rank)
+        rows = ShardedRows(collectives, starts[rank], logits.size(1), backend, spec)
         local = shards[rank].contiguous()
         terms, stats = rows.forward(local, labels)
         forward_calls = list(meeting.calls)
         gradients = []
         for weights in parts:
-            out = local.clone()
             grad_terms = stats.new_tensor([weights]).expand(len(labels), -1)
             with _ONE_AT_A_TIME:
-                rows.backward(grad_terms, out, labels, stats, out)
-            gradients.append(out)
+                gradients.append(rows.gradient(grad_terms, local.clone(), labels, stats, inplace=True))
         if rank == 0:
             assert meeting.calls == forward_calls, "the backward exchanges nothing"
         return terms, gradients, forward_calls

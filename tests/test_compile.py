@@ -103,7 +103,7 @@ def test_masks_compile(backend):
             backend=backend,
             reduction="none",
         )
-        return out.loss, out.sced, out.support
+        return out.loss, out.sced, out.num_kept
 
     case = make_case("lm_like", 6, 50, seed=2, ignored=1)
     _assert_same(_run(step, case), _run(torch.compile(step, fullgraph=True, backend="aot_eager"), case))

@@ -26,7 +26,7 @@ COLUMNS = 9_000
 
 def _statistics(logits, policy, labels=None):
     spec = CarefConfig(sparsity=policy, return_terms=True).row_spec(logits.size(-1))
-    return ops.forward(logits, labels, *spec, NAME)[1]
+    return ops.forward(logits, labels, spec, NAME)[1]
 
 
 def _mask(logits, policy):
@@ -35,7 +35,7 @@ def _mask(logits, policy):
 
 def _exact_mask(logits, k):
     values = logits.to(objective.accumulation_dtype(logits.dtype))
-    return sparsity.top_mask(values, torch.full((len(logits), 1), k)).statistics()
+    return sparsity.top_k_mask(values, torch.full((len(logits), 1), k)).statistics()
 
 
 def _rows(dtype, columns=COLUMNS):

@@ -12,17 +12,16 @@ from caref_kernels import (
     CarefLoss,
     LinearCarefLoss,
     SCEDLoss,
+    VocabShard,
     caref_loss,
     fused_sced,
     linear_caref_loss,
-    vocab_parallel_caref_loss,
-    vocab_parallel_linear_caref_loss,
 )
 
 LOGITS, LABELS = torch.zeros(2, 7, 5), torch.zeros(2, 7, dtype=torch.long)
 HIDDEN, WEIGHT = torch.zeros(2, 7, 4), torch.zeros(5, 4)
 LINEAR = r"linear_caref_loss takes \(hidden, weight, labels\)"
-SHARDED = r"vocab_parallel_linear_caref_loss takes \(hidden, local_weight, labels\)"
+SHARD = VocabShard(None, 0, 5, 5)
 FIRST = r"labels of shape \(B, T\) fit {0} transposed to \(B, T, V\): pass {0}.transpose\(1, 2\)"
 
 CALLS = {
@@ -36,30 +35,30 @@ CALLS = {
         "hidden and weight look swapped: " + LINEAR,
     ),
     "Liger's order, sharded": (
-        lambda: vocab_parallel_linear_caref_loss(WEIGHT, HIDDEN, LABELS),
-        "hidden and local_weight look swapped: " + SHARDED,
+        lambda: linear_caref_loss(WEIGHT, HIDDEN, LABELS, shard=SHARD),
+        "hidden and weight look swapped: " + LINEAR,
     ),
     "labels before the weight": (
         lambda: linear_caref_loss(HIDDEN, LABELS, WEIGHT),
         "labels and weight look swapped: " + LINEAR,
     ),
     "labels before the weight, sharded": (
-        lambda: vocab_parallel_linear_caref_loss(HIDDEN, LABELS, WEIGHT),
-        "labels and local_weight look swapped: " + SHARDED,
+        lambda: linear_caref_loss(HIDDEN, LABELS, WEIGHT, shard=SHARD),
+        "labels and weight look swapped: " + LINEAR,
     ),
     "labels before the logits": (
         lambda: caref_loss(LABELS, LOGITS),
         r"logits and labels look swapped: caref_loss takes \(logits, labels\)",
     ),
     "labels before the logits, sharded": (
-        lambda: vocab_parallel_caref_loss(LABELS, LOGITS),
-        r"local_logits and labels look swapped: vocab_parallel_caref_loss takes \(local_logits, labels\)",
+        lambda: caref_loss(LABELS, LOGITS, shard=SHARD),
+        r"logits and labels look swapped: caref_loss takes \(logits, labels\)",
     ),
     "(B, V, T)": (lambda: caref_loss(LOGITS.transpose(1, 2), LABELS), FIRST.format("logits")),
     "(B, V, T), module": (lambda: CarefLoss()(LOGITS.transpose(1, 2), LABELS), FIRST.format("logits")),
     "(B, V, T), sharded": (
-        lambda: vocab_parallel_caref_loss(LOGITS.transpose(1, 2), LABELS),
-        FIRST.format("local_logits"),
+        lambda: caref_loss(LOGITS.transpose(1, 2), LABELS, shard=SHARD),
+        FIRST.format("logits"),
     ),
     "(B, V, T), mask": (
         lambda: fused_sced(LOGITS.transpose(1, 2), valid=LABELS),

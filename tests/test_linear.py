@@ -22,7 +22,8 @@ from caref_kernels import (
     linear_caref_loss,
     linear_chunks,
 )
-from caref_kernels.linear_chunks import BackendRows, Head, Needs
+from caref_kernels.linear_chunks import Head, NeedsInputGrad
+from caref_kernels.ops import WholeRows
 from caref_kernels.testing import GRADCHECK, IDENTITIES, check_identity
 
 TERMS = ("loss", "ce", "sced", "kl", "entropy")
@@ -239,10 +240,10 @@ def test_no_logits_and_no_gradient_of_a_frozen_head(fused_backend, frozen, dtype
     problem = make_problem(rows, columns, features, dtype, seed=7, ignored=0, bias=False)
     head = Head(problem.hidden.detach(), problem.weight.detach(), None)
     spec = CarefConfig().row_spec(columns).for_columns(columns)
-    rows_of_loss = BackendRows(fused_backend, spec)
+    rows_of_loss = WholeRows(fused_backend, spec)
     with _NewMemory(*head[:2]) as made:
         linear_chunks.forward(
-            head, problem.labels, rows_of_loss, spec, [1.0, 0.1, 0.1], Needs(True, not frozen, False), 0
+            head, problem.labels, rows_of_loss, [1.0, 0.1, 0.1], NeedsInputGrad(True, not frozen, False), 0
         )
     assert max(made.sizes) <= rows * columns // 2
     assert (columns * features in made.sizes) is not frozen
@@ -301,7 +302,7 @@ def test_sparsity(backend, sparsity, reduction):
     wide = doubled(problem)
     logits = functional.linear(wide.hidden, wide.weight, wide.bias)
     expected = caref_loss(logits, wide.labels, backend="reference", return_terms=True, **options)
-    for name in (*TERMS, "support"):
+    for name in (*TERMS, "num_kept"):
         check_identity(getattr(out, name).detach(), getattr(expected, name).detach(), "float32_terms", name)
     pair = (torch.autograd.grad(o.loss.sum(), leaves(p)) for o, p in ((out, problem), (expected, wide)))
     check_gradients(problem, *pair)

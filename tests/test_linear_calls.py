@@ -13,7 +13,7 @@ import torch._functorch.config
 from test_linear import check_gradients, doubled, exact, leaves, make_problem
 from torch.nn import functional
 
-from caref_kernels import CarefConfig, LinearCarefLoss, autograd, caref_loss, linear_caref_loss
+from caref_kernels import CarefConfig, LinearCarefLoss, caref_loss, linear, linear_caref_loss
 from caref_kernels.testing import check_identity
 
 HIDDEN, WEIGHT, LABELS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
@@ -40,7 +40,7 @@ CALLS = [
     (_call(weight=torch.zeros(0)), ValueError, r"weight has 0 elements, shape \(0,\) \(a ZeRO-3 or FSDP shard"),
     (_call(alpha=0.5), ValueError, "alpha must be in"),
     (_call(vocab_size=51), ValueError, r"vocab_size must be in \[1, 10 \* columns\]"),
-    (_call(num_items=0), ValueError, "num_items must be > 0 where rows count; got 0 for 2"),
+    (_call(num_items=0), ValueError, "num_items must be > 0 where there are valid rows; got 0 for 2"),
     (_call(backend="quantum"), ValueError, "backend must be 'auto' or one of"),
     (_call(chunk_rows=0), ValueError, "chunk_rows must be >= 1 or None; got 0"),
     (_call(chunk_rows=2.0), TypeError, "chunk_rows must be an integer or None; got 2.0"),
@@ -130,7 +130,7 @@ def test_second_backward_between_any_two_bytecodes_of_the_first(backend):
     """As another thread may come in between: ready gradients are scaled in place by one of the passes alone."""
     problem = make_problem(seed=13)
     expected = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
-    taking = autograd._linear_gradients.__code__
+    taking = linear._linear_gradients.__code__
 
     def both(step):
         """Gradients of a pass, and of the one that begins and ends before the bytecode of that number, if there is."""

@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caref_kernels import CarefConfig, LinearCarefLoss, TopK, caref_loss, linear_caref_loss, linear_chunks
-from caref_kernels.linear_chunks import BackendRows, Head, Needs
+from caref_kernels.linear_chunks import Head, NeedsInputGrad
+from caref_kernels.ops import WholeRows
 from caref_kernels.testing import GRADCHECK, check_identity
 
 
@@ -97,7 +98,7 @@ def test_terms(backend, form, bias):
     out = linear_caref_loss(*problem, **form._asdict(), chunk_rows=10, backend=backend, **options)
     wide = doubled(problem)
     expected = caref_loss(make_logits(wide, form), wide.labels, backend="reference", **options)
-    for name in (*TERMS, "support"):
+    for name in (*TERMS, "num_kept"):
         check_identity(getattr(out, name).detach(), getattr(expected, name).detach(), "float32_terms", name)
     mixed, other = (2 * o.loss + 0.5 * o.kl - 3 * o.sced for o in (out, expected))
     check_gradients(problem, torch.autograd.grad(mixed, leaves(problem)), torch.autograd.grad(other, leaves(wide)))
@@ -189,11 +190,11 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-def _dispatched(problem, form: Form, backend: str, needs: Needs, least: int = 0) -> _Operators:
+def _dispatched(problem, form: Form, backend: str, needs: NeedsInputGrad, least: int = 0) -> _Operators:
     head = Head(*(None if t is None else t.detach() for t in (problem.hidden, problem.weight, problem.bias)), *form)
     spec = CarefConfig().row_spec(head.weight.size(0)).for_columns(head.weight.size(0))
     with _Operators(least) as operators:
-        linear_chunks.forward(head, problem.labels, BackendRows(backend, spec), spec, [1.0, 0.1, 0.1], needs, 0)
+        linear_chunks.forward(head, problem.labels, WholeRows(backend, spec), [1.0, 0.1, 0.1], needs, 0)
     return operators
 
 
@@ -201,7 +202,8 @@ def _dispatched(problem, form: Form, backend: str, needs: Needs, least: int = 0)
 def test_a_scale_costs_no_operator(fused_backend, bias):
     problem = make_problem(bias=bias)
     plain, scaled = (
-        _dispatched(problem, form, fused_backend, Needs(True, True, bias)).names for form in (Form(), Form(0.5))
+        _dispatched(problem, form, fused_backend, NeedsInputGrad(True, True, bias)).names
+        for form in (Form(), Form(0.5))
     )
     assert [name.replace("addmm", "mm") for name in scaled] == [name.replace("addmm", "mm") for name in plain]
 
@@ -216,7 +218,7 @@ def test_memory_of_a_cap(fused_backend, dtype, expected, monkeypatch):
     rows, columns = 2048, 640
     problem = make_problem(rows, columns, 7, dtype, ignored=0, bias=False)
     chunk = linear_chunks.LEAST_ROWS * columns
-    made = _dispatched(problem, Form(1.0, 5.0), fused_backend, Needs(True, False, False), chunk)
+    made = _dispatched(problem, Form(1.0, 5.0), fused_backend, NeedsInputGrad(True, False, False), chunk)
     assert made.peak == chunk * sum(expected)
 
 

@@ -90,7 +90,9 @@ def test_no_row_and_no_item_with_terms(backend, function):
 def test_rows_that_are_no_items_are_an_error(raising_backend, function, kind):
     """Where it can be seen without waiting for a device, and with both numbers."""
     tensors = _tensors(function, 2)
-    with pytest.raises(ValueError, match=r"num_items must be > 0 where rows count; got .*0.* for 4 rows that count"):
+    with pytest.raises(
+        ValueError, match=r"num_items must be > 0 where there are valid rows; got .*0.* for 4 valid rows"
+    ):
         _loss(function, raising_backend, _items(kind))(*tensors)
 
 

@@ -340,9 +340,9 @@ def test_masks(drawn, k, other, scale):
     columns, smaller, larger = logits.size(-1), min(k, other), max(k, other)
     for policy in (TopK(k), EntropyTopK(scale=scale)):
         spec = CarefConfig(sparsity=policy, return_terms=True).row_spec(columns)
-        _, stats = ops.forward(logits, valid, *spec, backend)
+        _, stats = ops.forward(logits, valid, spec, backend)
         support, *mask = stats[valid][:, len(objective.STATISTICS) :].unbind(-1)
-        exact = sparsity.top_mask(logits[valid], support.long()[:, None])
+        exact = sparsity.top_k_mask(logits[valid], support.long()[:, None])
         assert torch.equal(torch.stack([support, *mask], -1), exact.statistics())
         assert torch.equal(support, support.clamp(1, columns).ceil())
         check_identity(exact.weight.double().sum(-1), support, "float32")

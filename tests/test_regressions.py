@@ -72,14 +72,14 @@ def test_incoming_gradients_of_any_strides(backend):
     """Autograd hands over contiguous ones; the operator promises to take all."""
     case = make_case("normal_1", 5, 40)
     spec = CarefConfig().row_spec(40)
-    _, stats = ops.forward(case.logits, case.labels, *spec, backend)
+    _, stats = ops.forward(case.logits, case.labels, spec, backend)
     grad_terms = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
     layouts = {
         "contiguous": grad_terms,
         "transposed": grad_terms.t().contiguous().t(),
         "every second": grad_terms.repeat_interleave(2, -1)[:, ::2],
     }
-    gradients = {name: ops.backward(g, case.logits, case.labels, stats, *spec, backend) for name, g in layouts.items()}
+    gradients = {name: ops.backward(g, case.logits, case.labels, stats, spec, backend) for name, g in layouts.items()}
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients["contiguous"]), name
     assert gradients["contiguous"].count_nonzero() > 0

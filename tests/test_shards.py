@@ -64,7 +64,8 @@ def test_any_split(rows, data):
     whole, (gradient,), _ = evaluate_split(logits, labels, [], backend, [PARTS["loss"]])
     split, (pieces,), _ = evaluate_split(logits, labels, cuts, backend, [PARTS["loss"]])
     for index, name in enumerate(TERMS):
-        check_identity(split[:, index], whole[:, index], "float64_far", name)
+        # One is added because KL and SCED of a near-uniform row are small differences of larger numbers.
+        check_identity(1 + split[:, index], 1 + whole[:, index], "float64", name)
     check_identity(pieces, gradient, "float64_far")
     expected = oracle(logits, labels, ("loss",))
     check_identity(split @ split.new_tensor(PARTS["loss"]), expected.terms.loss, "float64_far")

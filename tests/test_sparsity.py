@@ -32,54 +32,54 @@ REGIMES = ("normal_1", "normal_10", "confident_1e-7", "bimodal", "lm_like", "tie
 def _statistics(logits, policy, backend):
     """(terms, statistics) of an operator call without labels."""
     spec = CarefConfig(sparsity=policy, return_terms=True).row_spec(logits.size(-1))
-    return ops.forward(logits, None, *spec, backend)
+    return ops.forward(logits, None, spec, backend)
 
 
 def _mask(logits, policy, backend):
-    """(N, 3): support, threshold, tie weight."""
+    """(N, 3): num_kept, threshold, tie weight."""
     return _statistics(logits, policy, backend)[1][:, len(objective.STATISTICS) :]
 
 
 def _exact_mask(logits, k):
     """The same by a sort, in the dtype of the arithmetic."""
     values = logits.to(objective.accumulation_dtype(logits.dtype))
-    return sparsity.top_mask(values, torch.full((len(logits), 1), k)).statistics()
+    return sparsity.top_k_mask(values, torch.full((len(logits), 1), k)).statistics()
 
 
-def _support(logits, labels, policy, backend, **options):
+def _num_kept(logits, labels, policy, backend, **options):
     return caref_loss(
         logits, labels, sparsity=policy, backend=backend, reduction="none", return_terms=True, **options
-    ).support
+    ).num_kept
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize(("columns", "dtype"), [(1000, torch.float32), (5000, torch.bfloat16)])
-def test_values_given_the_support(backend, regime, policy, columns, dtype):
+def test_values_given_the_num_kept(backend, regime, policy, columns, dtype):
     case = make_case(regime, 3, columns, dtype, seed=3)
-    support = _support(*case, policy, backend)
-    exact = _support(case.logits.double(), case.labels, policy, "reference")
-    assert ((support - exact).abs() <= 1 + 2e-6 * exact).all()
-    check_evaluation(evaluate(*case, sparsity=policy, backend=backend), oracle_given(support, *case))
+    num_kept = _num_kept(*case, policy, backend)
+    exact = _num_kept(case.logits.double(), case.labels, policy, "reference")
+    assert ((num_kept - exact).abs() <= 1 + 2e-6 * exact).all()
+    check_evaluation(evaluate(*case, sparsity=policy, backend=backend), oracle_given(num_kept, *case))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.0), (4.0, 2.0), (1.5, 0.5), (3.0, 1.0), (1.0, 0.0)])
 def test_exponents(backend, alpha, beta):
     case = make_case("lm_like", 3, 1000, seed=5)
     options = {"alpha": alpha, "beta": beta}
-    support = _support(*case, EntropyTopK(), backend, **options)
+    num_kept = _num_kept(*case, EntropyTopK(), backend, **options)
     actual = evaluate(*case, sparsity=EntropyTopK(), backend=backend, **options)
-    check_evaluation(actual, oracle_given(support, *case, **options))
+    check_evaluation(actual, oracle_given(num_kept, *case, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes(backend, dtype):
     case = make_case("normal_3", 3, 700, dtype, seed=6, ignored=1)
-    support = _support(*case, EntropyTopK(scale=0.3), backend)
-    assert support[case.labels == -100] == 0
+    num_kept = _num_kept(*case, EntropyTopK(scale=0.3), backend)
+    assert num_kept[case.labels == -100] == 0
     counted = case.labels != -100
     actual = evaluate(case.logits[counted], case.labels[counted], sparsity=EntropyTopK(scale=0.3), backend=backend)
-    check_evaluation(actual, oracle_given(support[counted], case.logits[counted], case.labels[counted]))
+    check_evaluation(actual, oracle_given(num_kept[counted], case.logits[counted], case.labels[counted]))
 
 
 @pytest.mark.parametrize("k", [1, 5, 64])
@@ -107,7 +107,7 @@ def test_whole_row(backend, policy):
     dense = evaluate(*case, backend=backend)
     check_identity(masked.terms.sced, dense.terms.sced, "float32_terms")
     check_identity(masked.gradients["sced"], dense.gradients["sced"], "float32_gradient")
-    assert _support(*case, policy, backend).tolist() == [300] * 3
+    assert _num_kept(*case, policy, backend).tolist() == [300] * 3
 
 
 def test_one_token(backend):
@@ -142,10 +142,10 @@ def test_fewer_finite_logits(backend):
     logits[0, [5, 17, 250]] = torch.tensor([1.0, 2.0, 3.0])
     logits[1, :40] = torch.linspace(0, 1, 40)
     labels = torch.tensor([5, 0])
-    support = _support(logits, labels, TopK(20), backend)
-    assert support.tolist() == [3.0, 20.0]
+    num_kept = _num_kept(logits, labels, TopK(20), backend)
+    assert num_kept.tolist() == [3.0, 20.0]
     check_evaluation(
-        evaluate(logits, labels, sparsity=TopK(20), backend=backend), oracle_given(support, logits, labels)
+        evaluate(logits, labels, sparsity=TopK(20), backend=backend), oracle_given(num_kept, logits, labels)
     )
 
 
@@ -161,7 +161,7 @@ def test_rows_without_a_softmax(backend, value):
     )
     assert after.terms.sced[1].isnan()
     assert after.gradients["sced"][1].isnan().all()
-    assert _support(logits, case.labels, EntropyTopK(), backend)[1].isnan()
+    assert _num_kept(logits, case.labels, EntropyTopK(), backend)[1].isnan()
     for row in (0, 2):
         assert torch.equal(after.terms.sced[row], before.terms.sced[row])
         assert torch.equal(after.gradients["sced"][row], before.gradients["sced"][row])
@@ -216,12 +216,12 @@ def test_bit_patterns_of_other_dtypes(backend, dtype):
         assert torch.equal(_mask(logits, TopK(k), backend), _exact_mask(logits, k)), k
 
 
-def test_entropy_to_support():
+def test_entropy_to_num_kept():
     """Twins of one rule: ceil, both clips, NaN and infinity."""
     entropies = torch.tensor([0.0, 1e-12, 1.0, math.log(7), 5.0, 700.0, math.inf, math.nan, -1.0], dtype=torch.float64)
-    budget = sparsity.Budget(0.5, 2, 40)
+    budget = sparsity.TopKSpec(0.5, 2, 40)
     expected = [2, 2, 2, 4, 40, 40, 40, 2, 2]
-    assert sparsity.row_support(entropies[:, None], budget).flatten().tolist() == expected
+    assert sparsity.num_kept_tokens(entropies[:, None], budget).flatten().tolist() == expected
     compiled = pytest.importorskip("caref_kernels._C").row_math
     assert [compiled.row_support(entropy, *budget) for entropy in entropies.tolist()] == expected
 
@@ -231,8 +231,8 @@ def test_integer_budgets(backend):
     for n in (1, 2, 8, 1000):
         logits = torch.full((1, 1024), -200.0)
         logits[0, :n] = 2.0
-        support = _support(logits, torch.tensor([0]), EntropyTopK(), backend)
-        assert n <= support <= n + 1
+        num_kept = _num_kept(logits, torch.tensor([0]), EntropyTopK(), backend)
+        assert n <= num_kept <= n + 1
 
 
 def test_gradients():
@@ -282,9 +282,9 @@ def test_ragged_budgets(backend):
     case = make_case("normal_1", 6, 400, seed=13)
     logits = case.logits * scale
     together = evaluate(logits, case.labels, ("loss",), sparsity=EntropyTopK(), backend=backend)
-    support = _support(logits, case.labels, EntropyTopK(), backend)
-    assert support.max() >= 399
-    assert support.min() <= 3
+    num_kept = _num_kept(logits, case.labels, EntropyTopK(), backend)
+    assert num_kept.max() >= 399
+    assert num_kept.min() <= 3
     for row in range(6):
         alone = evaluate(
             logits[row : row + 1], case.labels[row : row + 1], ("loss",), sparsity=EntropyTopK(), backend=backend
@@ -326,16 +326,16 @@ def test_inplace_and_mask_of_rows(backend, policy):
     assert torch.count_nonzero(gradients[0][0]) > 0
 
 
-def test_reductions_of_the_support(backend):
+def test_reductions_of_the_num_kept(backend):
     case = make_case("lm_like", 5, 300, seed=17, ignored=2)
     rows, mean, total = (
-        caref_loss(*case, sparsity=EntropyTopK(), reduction=reduction, return_terms=True, backend=backend).support
+        caref_loss(*case, sparsity=EntropyTopK(), reduction=reduction, return_terms=True, backend=backend).num_kept
         for reduction in ("none", "mean", "sum")
     )
     assert rows.shape == (5,)
     assert total == rows.sum()
     assert mean == total / 3
-    assert caref_loss(*case, return_terms=True, backend=backend).support is None
+    assert caref_loss(*case, return_terms=True, backend=backend).num_kept is None
     # Without the divergence there is nothing to mask.
     loss = caref_loss(*case, sparsity=TopK(1), lambda_sced=0.0, backend=backend)
     assert torch.equal(loss, caref_loss(*case, lambda_sced=0.0, backend=backend))
@@ -371,7 +371,7 @@ def test_backend_that_cannot_select_says_so(monkeypatch):
         NotImplementedError, match=r"'dense' cannot run: it has no selection; available here: reference"
     ):
         caref_loss(*case, sparsity=TopK(3), backend="dense")
-    assert caref_loss(*case, sparsity=TopK(3), reduction="none", return_terms=True).support.tolist() == [3, 3]
+    assert caref_loss(*case, sparsity=TopK(3), reduction="none", return_terms=True).num_kept.tolist() == [3, 3]
     spec = CarefConfig(sparsity=TopK(3)).row_spec(30)
     assert backends.select("auto", case.logits, spec) == "reference"
     assert backends.select("auto", case.logits, CarefConfig().row_spec(30)) == "dense"

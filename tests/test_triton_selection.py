@@ -86,9 +86,9 @@ def test_lists_that_are_too_short_triton(dtype, k):
         ]
     ).to(dtype)
     spec = CarefConfig(sparsity=TopK(k), return_terms=True).row_spec(700)
-    _, stats = ops.forward(logits.to(DEVICE), None, *spec, "triton")
+    _, stats = ops.forward(logits.to(DEVICE), None, spec, "triton")
     values = logits.to(objective.accumulation_dtype(dtype))
-    exact = sparsity.top_mask(values, torch.full((len(values), 1), k)).statistics()
+    exact = sparsity.top_k_mask(values, torch.full((len(values), 1), k)).statistics()
     assert torch.equal(stats[:, len(objective.STATISTICS) :].cpu(), exact)
 
 
@@ -100,7 +100,7 @@ def test_values_of_searched_rows_triton(alpha, beta):
         case.logits.to(DEVICE), case.labels.to(DEVICE), sparsity=EntropyTopK(), alpha=alpha, beta=beta, backend="triton"
     )
     spec = CarefConfig(sparsity=EntropyTopK(), return_terms=True).row_spec(700)
-    support = ops.forward(case.logits.to(DEVICE), None, *spec, "triton")[1][:, len(objective.STATISTICS)]
+    support = ops.forward(case.logits.to(DEVICE), None, spec, "triton")[1][:, len(objective.STATISTICS)]
     assert support.min() > 300
     check_evaluation(actual, oracle_given(support.cpu(), *case, alpha=alpha, beta=beta))
 
@@ -109,7 +109,7 @@ def test_more_rows_than_programs_triton(monkeypatch):
     """Programs take rows in turn, and their lists again: each row as on its own."""
     logits = make_case("normal_3", 9, 300, seed=4).logits.to(DEVICE)
     spec = CarefConfig(sparsity=EntropyTopK(), return_terms=True).row_spec(300)
-    many = ops.forward(logits, None, *spec, "triton")
+    many = ops.forward(logits, None, spec, "triton")
     plan = tiling.selection_plan
     monkeypatch.setattr(tiling, "selection_plan", lambda *shape: plan(*shape)._replace(programs=2))
-    assert all(torch.equal(a, b) for a, b in zip(ops.forward(logits, None, *spec, "triton"), many, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ops.forward(logits, None, spec, "triton"), many, strict=True))

@@ -1,4 +1,4 @@
-"""The public vocab-parallel losses over gloo, on 2, 3 and 4 processes; one start of each does every check."""
+"""The losses of a sharded vocabulary over gloo, on 2, 3 and 4 processes; one start of each does every check."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from caref_kernels import VocabShard, vocab_parallel_caref_loss, vocab_parallel_linear_caref_loss
+from caref_kernels import VocabShard, caref_loss, linear_caref_loss
 
+SHARD = VocabShard(None, 0, 5, 5)
 pytest.importorskip("torch.distributed")
 gloo_ranks = pytest.importorskip("gloo_ranks", reason="needs torch built with distributed")
 dtensor_ranks = pytest.importorskip("dtensor_ranks", reason="needs torch built with distributed")
@@ -50,11 +51,11 @@ def test_what_is_said_about_a_dtensor_works(world, tmp_path):
 
 def test_without_process_group():
     for call in (
-        lambda: vocab_parallel_caref_loss(torch.zeros(2, 5), torch.tensor([0, 1])),
-        lambda: vocab_parallel_linear_caref_loss(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])),
+        lambda: caref_loss(torch.zeros(2, 5), torch.tensor([0, 1]), shard=SHARD),
+        lambda: linear_caref_loss(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1]), shard=SHARD),
         lambda: VocabShard.gather(5),
     ):
-        with pytest.raises(RuntimeError, match=r"need torch.distributed: call torch.distributed.init_process_group"):
+        with pytest.raises(RuntimeError, match=r"needs torch.distributed: call torch.distributed.init_process_group"):
             call()
 
 
@@ -66,8 +67,6 @@ def test_a_shard_lies_inside_the_vocabulary(fields):
 
 def test_not_inside_compile():
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="vocab-parallel losses do not run inside torch.compile"):
-        torch.compile(vocab_parallel_caref_loss, fullgraph=True, backend="eager")(
-            torch.zeros(2, 5), torch.tensor([0, 1])
-        )
+    with pytest.raises(Exception, match="shard must be None inside torch.compile"):
+        torch.compile(caref_loss, fullgraph=True, backend="eager")(torch.zeros(2, 5), torch.tensor([0, 1]), shard=SHARD)
     torch._dynamo.reset()

@@ -50,7 +50,7 @@ class CpuBackend:
         _C.forward(params)
         return terms, stats
 
-    def backward(
+    def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
         params = _params(logits, targets, spec)

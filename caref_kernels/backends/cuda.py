@@ -56,7 +56,7 @@ class CudaBackend:
             self.module.cuda_forward(params, self._stream(logits), workspace.data_ptr())
         return terms, stats
 
-    def backward(
+    def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
         params = row_params(self.module, logits, targets, spec)

@@ -1,4 +1,4 @@
-"""The oracle: objective.py on any device and float dtype.  About ten (N, V) temporaries; correct before fast."""
+"""objective.py on any device and float dtype: the reference for the other backends; about ten (N, V) temporaries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import objective
+from ..checks import check_label_range, valid_labels
 from ..config import RowSpec
+from ..distributed import local_stats
 
 
 class ReferenceBackend:
@@ -22,21 +24,32 @@ class ReferenceBackend:
         return "plain PyTorch, any device, differentiable twice"
 
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
-        rows, labels, counts = _prepare(logits, targets, spec)
+        rows, labels, valid = _prepare(logits, targets, spec)
         terms = objective.row_terms(rows, labels, spec)
         stats = objective.row_statistics(rows, spec)
-        return _finish(terms, counts), _finish(stats, counts)
+        return _zero_unless(valid, terms), _zero_unless(valid, stats)
 
-    def backward(
+    def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
-        out.copy_(self.gradient(grad_terms, logits, targets, spec))
+        out.copy_(self.differentiable_gradient(grad_terms, logits, targets, spec))
 
-    def gradient(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> Tensor:
+    def differentiable_gradient(
+        self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, spec: RowSpec
+    ) -> Tensor:
         """The gradient as a differentiable function of ``logits`` and ``grad_terms``."""
-        rows, labels, counts = _prepare(logits, targets, spec)
+        rows, labels, valid = _prepare(logits, targets, spec)
         gradient = objective.row_gradient(rows, labels, grad_terms, spec)
-        return _finish(gradient, counts).to(logits.dtype).view(logits.shape)
+        return _zero_unless(valid, gradient).to(logits.dtype).view(logits.shape)
+
+    def sums(self, logits: Tensor, labels: Tensor, spec: RowSpec) -> local_stats.LocalStats:
+        return local_stats.local_sums(logits, labels, spec)
+
+    def local_gradient(
+        self, grad_terms: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, spec: RowSpec, out: Tensor
+    ) -> None:
+        for rows in local_stats.blocks(logits):
+            out[rows] = local_stats.column_gradient(logits[rows], labels[rows], grad_terms[rows], stats[rows], spec)
 
 
 def _prepare(
@@ -46,38 +59,22 @@ def _prepare(
     if targets is None:
         return _rows(values, spec), None, None
     if targets.dtype == torch.bool:
-        labels, counts = None, targets[:, None]
+        labels, valid = None, targets[:, None]
     else:
-        counts = labelled(targets, spec.ignore_index)[:, None]
+        valid = valid_labels(targets, spec.ignore_index)[:, None]
         inside = (targets >= 0) & (targets < values.size(-1))
         if targets.device.type == "cpu":
-            check_labels(targets, values.size(-1), spec.ignore_index)
+            check_label_range(targets, values.size(-1), spec.ignore_index)
         else:  # without a synchronisation: the row becomes NaN
-            values = torch.where(counts & ~inside[:, None], torch.nan, values)
-        labels = torch.where(inside & counts[:, 0], targets, 0).long()
-    # Rows that do not count may hold anything, so they are replaced before any arithmetic.
-    return _rows(torch.where(counts, values, 0.0), spec), labels, counts
+            values = torch.where(valid & ~inside[:, None], torch.nan, values)
+        labels = torch.where(inside & valid[:, 0], targets, 0).long()
+    # Rows that are not valid may hold anything, so they are replaced before any arithmetic.
+    return _rows(torch.where(valid, values, 0.0), spec), labels, valid
 
 
 def _rows(values: Tensor, spec: RowSpec) -> objective.ShiftedRows:
-    return objective.mask_rows(objective.shift_rows(values), values, spec)
+    return objective.with_top_k(objective.shift_rows(values), values, spec)
 
 
-def _finish(values: Tensor, counts: Tensor | None) -> Tensor:
-    return values if counts is None else torch.where(counts, values, 0.0)
-
-
-def labelled(labels: Tensor, ignore_index: int) -> Tensor:
-    """Which labels are not ``ignore_index``, which torch would wrap to the 32 bits of labels that are int32."""
-    return (labels.long() if labels.dtype == torch.int32 else labels) != ignore_index
-
-
-def check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
-    """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``."""
-    wrong = ((labels < 0) | (labels >= columns)) & labelled(labels, ignore_index)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise IndexError(
-            f"labels: target {int(labels[row])} at row {row} is out of range [0, {columns}) "
-            f"and is not ignore_index={ignore_index}"
-        )
+def _zero_unless(valid: Tensor | None, values: Tensor) -> Tensor:
+    return values if valid is None else torch.where(valid, values, 0.0)

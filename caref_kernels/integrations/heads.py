@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caref_kernels import VocabShard, linear_caref_loss, vocab_parallel_linear_caref_loss
+from caref_kernels import VocabShard, linear_caref_loss
 
 from .passes import Pass, innermost, is_dtensor, name_of
 
@@ -158,7 +158,7 @@ def fused_output(one: Pass, head: nn.Module, hidden: Tensor) -> Tensor:
         bias = constant if bias is None else bias + constant
     options = one.keywords(hidden.device) | {"logit_scale": form.scale, "softcap": form.softcap}
     if is_dtensor(head.weight):
-        return _vocab_parallel_output(one, (hidden, head.weight, bias), options)
+        return _sharded_output(one, (hidden, head.weight, bias), options)
     check_weight(head.weight)
     out = linear_caref_loss(hidden, head.weight, one.targets(hidden.device), bias, **options)
     one.made = one.finish(out)
@@ -174,7 +174,7 @@ def check_weight(weight: Tensor) -> None:
         )
 
 
-def _vocab_parallel_output(one: Pass, tensors: tuple[Tensor, Tensor, Tensor | None], options: dict[str, Any]) -> Tensor:
+def _sharded_output(one: Pass, tensors: tuple[Tensor, Tensor, Tensor | None], options: dict[str, Any]) -> Tensor:
     """:func:`fused_output` where tensor parallelism shards the rows of the weight; (1, 1, ranks), a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -191,14 +191,10 @@ def _vocab_parallel_output(one: Pass, tensors: tuple[Tensor, Tensor, Tensor | No
         bias = bias.to_local(grad_placements=bias.placements)
     local = weight.to_local(grad_placements=placements)
     labels = one.targets(hidden.device)
-    if placements[0].is_shard(0):
-        shard = VocabShard.of_dtensor(weight, 0)
-        if bias is not None and bias.numel() != local.size(0):
-            bias = bias[shard.first_column : shard.first_column + shard.columns]
-        out = vocab_parallel_linear_caref_loss(hidden, local, labels, shard, bias, **options)
-    else:
-        out = linear_caref_loss(hidden, local, labels, bias, **options)
-    one.made = one.finish(out)
+    shard = VocabShard.of_dtensor(weight, 0) if placements[0].is_shard(0) else None
+    if shard is not None and bias is not None and bias.numel() != local.size(0):
+        bias = bias[shard.first_column : shard.first_column + shard.columns]
+    one.made = one.finish(linear_caref_loss(hidden, local, labels, bias, shard=shard, **options))
     # A column for each rank, so that every rank finds one whatever the layer does to its output's placement.
     zeros = _GradientOf.apply(one.made).reshape(1, 1, 1).expand(1, 1, mesh.size())
     return DTensor.from_local(zeros, mesh, [Replicate()], run_check=False)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caref_kernels import CarefConfig, caref_loss, vocab_parallel_caref_loss
+from caref_kernels import CarefConfig, caref_loss
 
 from .heads import HeadForward, check_head, current_head, install, joined, rebound
 from .passes import LossForm, Pass, Trial, innermost, is_dtensor, name_of, running
@@ -84,9 +84,7 @@ def loss_of_pass(one: Pass, logits: Tensor) -> Tensor:
             )
         return joined(one, logits)
     targets, options = one.targets(logits.device), one.keywords(logits.device)
-    if is_dtensor(logits) and not all(placement.is_replicate() for placement in logits.placements):
-        return one.finish(vocab_parallel_caref_loss(logits, targets, **options))
-    if is_dtensor(logits):
+    if is_dtensor(logits) and all(placement.is_replicate() for placement in logits.placements):
         logits = logits.to_local(grad_placements=logits.placements)
     return one.finish(caref_loss(logits, targets, **options))
 

@@ -69,7 +69,7 @@ class TritonBackend:
                     _launch_selection(_Rows(logits, targets, spec), terms, stats, spec)
         return terms, stats
 
-    def backward(
+    def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
         from . import backward

@@ -1,0 +1,1 @@
+"""Rows whose columns are sharded over the ranks of a process group."""
