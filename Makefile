@@ -70,7 +70,7 @@ bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and 
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (45 minutes)
-	$(PY) tests/mutants.py $(ARGS)
+	cd tests && $(PY) -m mutants.runner $(ARGS)
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,19 +1,19 @@
-"""The mutants of mutants.py fit the sources of today, and the script tells a killed one from a survivor."""
+"""Every mutant fits the sources of today, and the runner tells a killed one from a survivor."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, ROOT, select
+from mutants.runner import FOLDERS, MUTANTS, ROOT, select
 
 
 def test_every_patch_fits_exactly_once():
     for mutant in MUTANTS:
         text = (ROOT / mutant.path).read_text(encoding="utf-8")
         assert mutant.applied(text) != text, mutant.name
+        assert mutant.path.split("/")[0] in FOLDERS, f"{mutant.name}: {mutant.path} is not in the copies of the tree"
         for name in mutant.files:
             assert (ROOT / "tests" / f"test_{name}.py").is_file(), f"{mutant.name}: no file for {name}"
 
@@ -28,10 +28,8 @@ def test_names_are_unique_and_can_be_selected():
 
 
 def _run(*names: str) -> subprocess.CompletedProcess[str]:
-    script = Path(ROOT, "tests", "mutants.py")
-    return subprocess.run(
-        [sys.executable, str(script), *names], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, "-m", "mutants.runner", *names]
+    return subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_killed_mutants_are_reported_with_their_tests():

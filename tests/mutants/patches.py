@@ -1,4 +1,4 @@
-"""Mutants of the Python sources: an edit of one place, the mistake it stands for, and the tests that should see it."""
+"""Mutants of the core in Python: an edit of one place, the mistake it stands for, and the tests that should see it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Mutants of the C++ sources: as mutant_patches.py, each with a build of the extension."""
+"""Mutants of the C++ sources: as patches.py, each with a build of the extension."""
 
 from __future__ import annotations
 
-from mutant_patches import mutants
+from .patches import mutants
 
 ROW_LAYOUT = "csrc/row_layout.h"
 ROW_MATH = "csrc/row_math.h"

@@ -1,8 +1,8 @@
-"""Mutants of the CUDA kernels: as mutant_patches.py, tested on the emulated device, which compiles them itself."""
+"""Mutants of the CUDA kernels: as patches.py, tested on the emulated device, which compiles them itself."""
 
 from __future__ import annotations
 
-from mutant_patches import mutants
+from .patches import mutants
 
 FORWARD = "csrc/cuda/forward.cu"
 BACKWARD = "csrc/cuda/backward.cu"

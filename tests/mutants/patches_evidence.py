@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_patches import mutants
+from .patches import mutants
 
 GPUCHECK = "caref_kernels/gpucheck/"
 

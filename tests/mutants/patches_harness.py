@@ -1,8 +1,8 @@
-"""Mutants of the experiment harness; see mutant_patches.py."""
+"""Mutants of the experiment harness; see patches.py."""
 
 from __future__ import annotations
 
-from mutant_patches import Mutant
+from .patches import Mutant
 
 FOLDER = "caref_kernels/harness"
 RESULTS = f"{FOLDER}/results.py"

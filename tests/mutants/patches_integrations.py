@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_patches import Mutant, mutants
+from .patches import Mutant, mutants
 
 FOLDER = "caref_kernels/integrations"
 PASSES = f"{FOLDER}/passes.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_patches import AUTOGRAD, Mutant, mutants
+from .patches import AUTOGRAD, Mutant, mutants
 
 CHUNKS = "caref_kernels/linear_chunks.py"
 FUSED_LINEAR = "caref_kernels/fused_linear.py"

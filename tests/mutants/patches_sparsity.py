@@ -1,8 +1,8 @@
-"""Mutants of the top-k masks, in every language: as mutant_patches.py."""
+"""Mutants of the top-k masks, in every language: as patches.py."""
 
 from __future__ import annotations
 
-from mutant_patches import mutants
+from .patches import mutants
 
 SPARSITY = "caref_kernels/sparsity.py"
 OBJECTIVE = "caref_kernels/objective.py"

@@ -1,8 +1,8 @@
-"""Mutants of the Triton kernels: as mutant_patches.py, tested under Triton's interpreter."""
+"""Mutants of the Triton kernels: as patches.py, tested under Triton's interpreter."""
 
 from __future__ import annotations
 
-from mutant_patches import mutants
+from .patches import mutants
 
 ROWS = "caref_kernels/backends/triton/rows.py"
 ROW_MATH = "caref_kernels/backends/triton/row_math.py"

@@ -1,12 +1,12 @@
 """Tests of the tests: plant known mistakes in a copy of the tree, one at a time, and see whether the suite notices.
 
-    python tests/mutants.py               every mutant; about 45 minutes on two cores
-    python tests/mutants.py --list        their names, files and tests
-    python tests/mutants.py NAME...       these ones; a part of a name is enough
+    make mutants                      every mutant; about 45 minutes on two cores
+    make mutants ARGS=--list          their names, files and tests
+    make mutants ARGS="NAME..."       these ones; a part of a name is enough
 
-Each mutant is a text patch that must match its file exactly once (mutant_patches*.py).  It
-counts as killed only if a test fails with it and passes without it.  Exit code 1: some mutant survived, or its trial
-was not fair: the patch does not compile, or the test fails without it too.
+Each mutant is a text patch that must match its file exactly once (patches*.py).  It counts as killed only if a test
+fails with it and passes without it.  Exit code 1: some mutant survived, or its trial was not fair: the patch does not
+compile, or the test fails without it too.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
-from mutant_patches import PYTHON, Mutant
-from mutant_patches_compiled import COMPILED
-from mutant_patches_cuda import CUDA
-from mutant_patches_evidence import EVIDENCE
-from mutant_patches_harness import HARNESS
-from mutant_patches_integrations import INTEGRATIONS
-from mutant_patches_linear import LINEAR
-from mutant_patches_sparsity import SPARSE
-from mutant_patches_triton import TRITON
+from .patches import PYTHON, Mutant
+from .patches_compiled import COMPILED
+from .patches_cuda import CUDA
+from .patches_evidence import EVIDENCE
+from .patches_harness import HARNESS
+from .patches_integrations import INTEGRATIONS
+from .patches_linear import LINEAR
+from .patches_sparsity import SPARSE
+from .patches_triton import TRITON
 
 # Those that need no compiler come first, so that none of them meets the extension of another mutant.
 _ALL = [*PYTHON, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("benchmarks", "caref_kernels", "csrc", "examples", "tests")
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed
 # Builds three times faster, and -O1 still contracts to fused multiply-adds, as the kernels expect.
@@ -59,7 +60,7 @@ class Tree:
     def __init__(self, path: Path) -> None:
         self.path = path
         ignore = shutil.ignore_patterns("__pycache__", "build")
-        for name in ("benchmarks", "caref_kernels", "csrc", "tests"):
+        for name in FOLDERS:
             shutil.copytree(ROOT / name, path / name, ignore=ignore)
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, path / name)
