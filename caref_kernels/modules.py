@@ -118,7 +118,8 @@ class SCEDLoss(_ConfiguredLoss):
         if fixed:
             raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")
         check_options("SCEDLoss", options, (name for name in self._OPTIONS if name not in self._FIXED))
-        super().__init__(config, **options) if config is not None else super().__init__(lambda_sced=1.0, **options)
+        super().__init__(config, **options)
+        self.config = dataclasses.replace(self.config, lambda_sced=1.0, lambda_kl=0.0)
 
     def forward(self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None) -> Tensor:
         """See :func:`caref_kernels.fused_sced` for shapes, dtypes, errors, precision and memory."""

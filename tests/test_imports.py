@@ -92,7 +92,7 @@ def test_environment_variable(choice, message):
 import torch, caref_kernels
 from caref_kernels import backends
 logits = torch.zeros(2, 5)
-caref_kernels.explain(logits)
+caref_kernels.explain()
 print("selected", backends.select("auto", logits))
 """
     run = _python(program, CAREF_KERNELS_BACKEND=choice)
@@ -101,15 +101,21 @@ print("selected", backends.select("auto", logits))
         assert message in run.stderr
     else:
         assert run.returncode == 0, run.stderr
-        assert choice in ("", "auto") or f"selected {choice}" in run.stdout
+        title, *lines = run.stdout.splitlines()
+        assert title.endswith(f"cpu, CAREF_KERNELS_BACKEND={choice}" if choice == "reference" else "cpu")
+        selected = lines.pop().removeprefix("selected ")
+        assert choice in ("", "auto", selected)
+        assert [line.split()[0] for line in lines if line.split()[1] == "runs"] == [selected]
 
 
 def test_environment_variable_is_binding():
-    """A backend that cannot run is an error, not another backend."""
+    """A backend that cannot run is an error, not another backend, and ``explain`` says that none runs."""
     program = """
 import sys
 sys.modules["caref_kernels._C"] = None
 import torch, caref_kernels
+if " runs" in caref_kernels.explain():
+    sys.exit("a backend runs")
 caref_kernels.caref_loss(torch.zeros(2, 5), torch.tensor([0, 1]))
 """
     run = _python(program, CAREF_KERNELS_BACKEND="cpu")

@@ -1,0 +1,143 @@
+"""The default of every public argument, written out by hand, and the classes whose values cannot be changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+
+import caref_kernels
+from caref_kernels import CarefConfig, CarefOutput, EntropyTopK, SCEDLoss, TopK, VocabShard, fused_sced
+from caref_kernels.config import HeadOptions, RowSpec
+
+ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
+LOSS = {**ROW, "lambda_sced": 0.1, "lambda_kl": 0.1, "ignore_index": -100, "reduction": "mean", "return_terms": False}
+ITEMS = {"num_items": None}
+IN_PLACE = {"inplace_backward": False}
+HEAD = {"logit_scale": 1.0, "softcap": None, "chunk_rows": None}
+CORE = {
+    "CarefConfig": {**LOSS, **IN_PLACE},
+    "CarefConfig.row_spec": {},
+    "CarefLoss": {"config": None},
+    "CarefLoss.forward": ITEMS,
+    "CarefOutput": {"accuracy": None, "support": None},
+    "EntropyTopK": {"scale": 1.0, "k_min": 1, "k_max": None},
+    "EntropyTopK.budget": {},
+    "LinearCarefLoss": {"config": None, **HEAD},
+    "LinearCarefLoss.extra_repr": {},
+    "LinearCarefLoss.forward": {"bias": None, **ITEMS},
+    "SCEDLoss": {"config": None},
+    "SCEDLoss.forward": {"valid": None, **ITEMS},
+    "TopK": {},
+    "TopK.budget": {},
+    "VocabShard": {},
+    "VocabShard.gather": {"group": None, "device": "cpu"},
+    "VocabShard.of_dtensor": {},
+    "caref_loss": {**LOSS, **ITEMS, **IN_PLACE},
+    "explain": {"logits": None},
+    "fused_sced": {**ROW, "valid": None, "reduction": "mean", **ITEMS, **IN_PLACE},
+    "linear_caref_loss": {**LOSS, **ITEMS, **HEAD, "bias": None},
+    "vocab_parallel_caref_loss": {**LOSS, **ITEMS, **IN_PLACE, "group": None},
+    "vocab_parallel_linear_caref_loss": {
+        **LOSS, **ITEMS, **HEAD, "group": None, "local_bias": None, "reduce_hidden": True,
+    },
+}  # fmt: skip
+APPLY = {"config": None, "fuse_head": False, "probe_batch": None}
+TRANSFORMERS = {
+    **dict.fromkeys(("apply_caref", "attach_caref"), APPLY),
+    **dict.fromkeys(("PassTerms", "record_terms", "remove_caref"), {}),
+}
+COUNTING = {"count_items": {"shift": True, "averaged_over": 1, "group": None}}
+SFT = {
+    "CarefSFTTrainer": {"caref": None, "fuse_head": False},
+    "CarefSFTTrainer.compute_loss": {"return_outputs": False, "num_items_in_batch": None},
+}
+
+
+def _defaults_of(name: str, value: object) -> dict[str, dict[str, tuple[type, object]]]:
+    """The defaults of a function, or of a class and of the public methods that it defines itself."""
+    found = {name: value}
+    if isinstance(value, type):
+        members = {key: getattr(value, key) for key in vars(value) if not key.startswith("_")}
+        found |= {f"{name}.{key}": member for key, member in members.items() if inspect.isroutine(member)}
+    return {
+        key: {
+            parameter.name: (type(parameter.default), parameter.default)
+            for parameter in inspect.signature(member).parameters.values()
+            if parameter.default is not parameter.empty
+        }
+        for key, member in found.items()
+    }
+
+
+def _defaults_in(module: object, names: list[str]) -> dict[str, dict[str, tuple[type, object]]]:
+    found = {}
+    for name in names:
+        if callable(getattr(module, name)):
+            found |= _defaults_of(name, getattr(module, name))
+    return found
+
+
+def _with_types(table: dict[str, dict[str, object]]) -> dict[str, dict[str, tuple[type, object]]]:
+    """``table`` in a form in which 1, 1.0 and True are three values."""
+    return {name: {key: (type(value), value) for key, value in row.items()} for name, row in table.items()}
+
+
+def test_defaults_of_the_core():
+    assert _defaults_in(caref_kernels, caref_kernels.__all__) == _with_types(CORE)
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "table"),
+    [
+        ("integrations", None, COUNTING),
+        ("integrations.transformers", None, TRANSFORMERS),
+        ("integrations.trl", ["CarefSFTTrainer"], SFT),
+    ],
+    ids=["counting", "transformers", "trl"],
+)
+def test_defaults_of_the_integrations(module, names, table):
+    pytest.importorskip("transformers" if table is TRANSFORMERS else "trl" if table is SFT else "torch")
+    module = importlib.import_module(f"caref_kernels.{module}")
+    assert _defaults_in(module, names or module.__all__) == _with_types(table)
+
+
+OUTPUT = CarefOutput(*(torch.zeros(()) for _ in range(5)))
+FROZEN = [
+    CarefConfig(),
+    HeadOptions(),
+    TopK(3),
+    EntropyTopK(),
+    VocabShard(None, 0, 2, 5),
+    OUTPUT,
+    CarefConfig().row_spec(5),
+]
+
+
+@pytest.mark.parametrize("value", FROZEN, ids=lambda value: type(value).__name__)
+def test_no_field_can_be_assigned(value):
+    names = value._fields if isinstance(value, tuple) else [field.name for field in dataclasses.fields(value)]
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(value, name, getattr(value, name))
+
+
+def test_every_dataclass_of_the_core_is_among_them():
+    outer = {"integrations", "harness", "demo", "gpucheck", "testing"}
+    modules = [module for name, module in sys.modules.items() if name.startswith("caref_kernels")]
+    core = [module for module in modules if not outer & {*module.__name__.split(".")}]
+    found = {value for module in core for value in vars(module).values() if dataclasses.is_dataclass(value)}
+    own = {kind for kind in found if kind.__module__.startswith("caref_kernels")}
+    assert own == {type(value) for value in FROZEN if not isinstance(value, tuple)}
+    assert isinstance(FROZEN[-1], RowSpec)
+
+
+@pytest.mark.parametrize("options", [{"lambda_sced": 0.0}, {"lambda_sced": 7.0, "lambda_kl": 3.0}], ids=str)
+def test_weights_of_a_config_do_not_reach_the_sced_term(options):
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    assert fused_sced(logits) > 0
+    assert torch.equal(SCEDLoss(CarefConfig(**options))(logits), fused_sced(logits))
