@@ -16,7 +16,7 @@ OLDEST := build/triton-oldest
 export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
-.PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants build clean
+.PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants random-mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -71,6 +71,8 @@ sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and 
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (45 minutes)
 	cd tests && $(PY) -m mutants.runner $(ARGS)
+random-mutants: $(READY)  ## the same with 200 edits drawn at random from the Python of the core and the integrations (hours)
+	cd tests && $(PY) -m mutants.random_mutants $(ARGS)
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -90,13 +90,13 @@ class Tree:
         errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
         return errors[0] if errors else f"setup.py ended with {done.returncode}"
 
-    def test(self, arguments: list[str], interpreted: bool = False) -> tuple[int, str]:
+    def test(self, arguments: list[str], interpreted: bool = False, limit: float = TEST_TIMEOUT) -> tuple[int, str]:
         """pytest's exit code (negative for a signal, 124 for the time limit) and output."""
         command = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE", *arguments]
         try:
-            done = self._run(command, timeout=TEST_TIMEOUT, TRITON_INTERPRET=str(int(interpreted)))
+            done = self._run(command, timeout=limit, TRITON_INTERPRET=str(int(interpreted)))
         except subprocess.TimeoutExpired:
-            return 124, f"no end after {TEST_TIMEOUT} s"
+            return 124, f"no end after {limit:.0f} s"
         return done.returncode, done.stdout + done.stderr
 
     def _run(

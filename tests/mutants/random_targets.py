@@ -1,0 +1,41 @@
+"""What random mutants are tried with: the tests that cover each module, and the changes that nothing can notice."""
+
+from __future__ import annotations
+
+_SHARDED = "shards vocab_parallel"
+_COMPILED = "compile compile_schedules"
+# Names of test files without test_ and .py, most specific first: the first failure ends a trial.  Modules that are not
+# here need a GPU or Triton's interpreter.
+TESTS = {
+    "__init__.py": "signatures imports",
+    "autograd.py": f"autograd reductions inplace num_items linear linear_calls {_SHARDED} compile",
+    "backends/__init__.py": "validation imports labels",
+    "backends/compiled.py": "layouts labels dtypes numerics",
+    "backends/cpu.py": "labels dtypes layouts numerics sparsity",
+    "backends/devices.py": "imports validation",
+    "backends/reference.py": "labels dtypes numerics sparsity",
+    "checks.py": "validation hints labels layouts inplace linear_calls linear",
+    "config.py": "signatures validation hints linear_softcap sparsity reductions",
+    "dtensors.py": "hints vocab_parallel",
+    "functional.py": f"signatures validation reductions num_items layouts inplace labels sparsity {_COMPILED}",
+    "fused_linear.py": "signatures hints linear_calls linear linear_softcap compile",
+    "integrations/counting.py": "signatures count_items",
+    "integrations/heads.py": "heads heads_refused model_loss_ranks",
+    "integrations/model_loss.py": "model_loss model_life heads model_loss_ranks",
+    "integrations/passes.py": "model_loss model_life transformers heads trl model_loss_ranks",
+    "integrations/probe.py": "model_loss heads heads_refused model_life model_loss_ranks",
+    "integrations/trainer.py": "transformers model_loss_ranks",
+    "integrations/transformers.py": "signatures model_loss model_life heads transformers model_loss_ranks",
+    "integrations/trl.py": "signatures trl",
+    "linear_chunks.py": "linear linear_calls linear_softcap compile",
+    "modules.py": "signatures validation hints reductions num_items linear",
+    "objective.py": "oracle numerics sparsity reductions properties",
+    "ops.py": f"autograd dtypes linear {_COMPILED}",
+    "partial_rows.py": _SHARDED,
+    "shards.py": _SHARDED,
+    "sparsity.py": "signatures validation sparsity properties",
+    "vocab_parallel.py": f"signatures {_SHARDED} hints",
+}
+
+# (module, line before the change, its new part): why no test can tell the change from the source.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
