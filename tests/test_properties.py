@@ -76,14 +76,19 @@ def _terms(logits, labels, backend, **options):
 @every_row
 @given(row_sets(), exponents)
 def test_oracle_and_finiteness(drawn, powers):
-    """Finite loss and gradient for every allowed exponent, within budget for the common ones."""
+    """Loss and gradient are finite and the terms near the oracle; SCED of a one-hot row is its limit (DESIGN.md)."""
     logits, labels, backend = drawn
     actual = evaluate(logits, labels, alpha=powers[0], beta=powers[1], backend=backend)
     for value in (*actual.terms, *actual.gradients.values()):
         assert torch.isfinite(value).all()
     exact = oracle(logits, labels, alpha=powers[0], beta=powers[1])
-    for name in ("ce", "sced", "kl", "entropy"):
+    for name in ("ce", "kl", "entropy"):
         check_term(name, getattr(actual.terms, name), getattr(exact.terms, name), least_unit=1e-3)
+    residual = objective.shift_rows(logits.double()).residual.squeeze(-1) / objective.ONE_HOT_RESIDUAL[logits.dtype]
+    regular, one_hot = residual > 1.01, (residual < 0.99) & (labels != -100)
+    check_term("sced", actual.terms.sced[regular], exact.terms.sced[regular], least_unit=1e-3)
+    limit = math.log(logits.size(-1)) ** powers[0] if powers[1] == 0 else 0.0
+    check_term("sced", actual.terms.sced[one_hot], exact.terms.sced[one_hot].new_tensor(limit), least_unit=1e-3)
 
 
 @few_rows
