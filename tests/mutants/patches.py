@@ -167,13 +167,13 @@ ROWS = [
         REFERENCE,
         "labels regressions",
         "(ignore_index or ignored_row or valid_masks) and reference",
-        ("ignored-row-has-terms", "return _finish(terms, counts)", "return terms"),
-        ("ignored-row-has-gradient", "return _finish(gradient, counts).to", "return gradient.to"),
-        ("ignored-row-is-read", "torch.where(counts, values, 0.0), spec), labels", "values, spec), labels"),
+        ("ignored-row-has-terms", "return _zero_unless(valid, terms)", "return terms"),
+        ("ignored-row-has-gradient", "return _zero_unless(valid, gradient).to", "return gradient.to"),
+        ("ignored-row-is-read", "torch.where(valid, values, 0.0), spec), labels", "values, spec), labels"),
     ),
     *mutants(
         "label not checked, wrapped to 32 bits, or checked by an assertion",
-        REFERENCE,
+        CHECKS,
         "labels",
         "bad_label or out_of_range or checks_survive_python_optimised",
         ("label-unchecked", "    if bool(wrong.any()):", "    if False and bool(wrong.any()):"),
@@ -184,7 +184,7 @@ ROWS = [
     ),
     *mutants(
         "ignore_index wrapped to the 32 bits of the labels",
-        REFERENCE,
+        CHECKS,
         "labels shards",
         "cannot_hold",
         ("ignore-index-wraps", "labels.long() if labels.dtype == torch.int32 else labels", "labels"),
@@ -208,7 +208,7 @@ ROWS = [
         AUTOGRAD,
         "inplace",
         "two_threads",
-        ("two-passes-write", "    if _taken(ctx.intact) is None:\n", "    if False:\n"),
+        ("two-passes-write", "    if take(ctx.intact) is None:\n", "    if False:\n"),
     ),
     *mutants(
         "a mistake named that was not made",
@@ -258,7 +258,7 @@ ROWS = [
         AUTOGRAD,
         "num_items",
         "nobody_reads",
-        ("no-items-divide-the-gradient", "_divided(grad, divisor) if", "grad / divisor if"),
+        ("no-items-divide-the-gradient", "divided(grad, divisor) if", "grad / divisor if"),
     ),
     *mutants(
         "no items taken for no row, or a gradient of NaN",
@@ -306,7 +306,7 @@ ROWS = [
         "backward_twice or logits_are_left_alone or upstream_op_that_saved_the_logits",
         (
             "gradient-over-the-logits",
-            "    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)\n",
+            "    out = _backward_fake(grad_terms, logits, targets, stats, *arguments)\n",
             "    out = logits.detach()\n",
         ),
     ),

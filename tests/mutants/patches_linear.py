@@ -5,9 +5,9 @@ from __future__ import annotations
 from .patches import AUTOGRAD, Mutant, mutants
 
 CHUNKS = "caref_kernels/linear_chunks.py"
-FUSED_LINEAR = "caref_kernels/fused_linear.py"
-PARTIAL_ROWS = "caref_kernels/partial_rows.py"
-SHARDS = "caref_kernels/shards.py"
+LINEAR_MODULE = "caref_kernels/linear.py"
+PARTIAL_ROWS = "caref_kernels/distributed/local_stats.py"
+SHARDS = "caref_kernels/distributed/shard.py"
 
 LINEAR: list[Mutant] = [
     *mutants(
@@ -17,8 +17,8 @@ LINEAR: list[Mutant] = [
         "weight_gradient_does_not_degrade_with_the_number_of_chunks",
         (
             "weight-gradient-in-the-input-dtype",
-            "(columns, features) if needs.weight else 0, dtype=dtype)",
-            "(columns, features) if needs.weight else 0)",
+            "(columns, features) if needs_input_grad.weight else 0, dtype=dtype)",
+            "(columns, features) if needs_input_grad.weight else 0)",
         ),
     ),
     *mutants(
@@ -27,42 +27,48 @@ LINEAR: list[Mutant] = [
         "linear linear_calls",
         "chunked or dtypes_and_exponents or gradcheck or loss_scale or ignored_rows or no_label_at_all",
         ("every-chunk-is-the-first", "chunk.hidden, self.is_first)", "chunk.hidden, True)"),
-        ("ignored-rows-multiplied", "return None if kept.numel() == targets.numel() else kept", "return None"),
+        ("ignored-rows-multiplied", "return None if valid.numel() == targets.numel() else valid", "return None"),
         (
             "gradients-of-the-first-rows",
-            "rows.backward(grad_terms[chunk.rows]",
-            "rows.backward(grad_terms[: len(chunk.hidden)]",
+            "rows.gradient(grad_terms[chunk.rows]",
+            "rows.gradient(grad_terms[: len(chunk.hidden)]",
         ),
         ("bias-of-the-last-chunk", "self.bias += gradient.sum", "self.bias = gradient.sum"),
-        ("unwritten-gradient-of-no-row", "if self.is_first and self.needs.weight:", "if False:"),
+        ("unwritten-gradient-of-no-row", "if self.is_first and self.needs_input_grad.weight:", "if False:"),
     ),
     *mutants(
         "work for a frozen head",
         CHUNKS,
         "linear",
         "frozen_head or only_requested",
-        ("gradient-of-a-frozen-head", "(columns, features) if needs.weight else 0,", "(columns, features),"),
+        ("gradient-of-a-frozen-head", "(columns, features) if needs_input_grad.weight else 0,", "(columns, features),"),
     ),
     *mutants(
         "divisor lost, infinite, or applied before the loss scale",
-        AUTOGRAD,
+        LINEAR_MODULE,
         "linear linear_calls",
         "chunked or dtypes_and_exponents or gradcheck or loss_scale or no_label_at_all",
         (
             "head-divisor-not-in-gradient",
-            "grad_loss if divisor is None else _divided(",
-            "grad_loss if True else _divided(",
+            "grad_loss if divisor is None else divided(",
+            "grad_loss if True else divided(",
         ),
+    ),
+    *mutants(
+        "divisor of 0 in the gradient",
+        AUTOGRAD,
+        "linear linear_calls",
+        "chunked or dtypes_and_exponents or gradcheck or loss_scale or no_label_at_all",
         ("head-mean-over-nothing", "torch.where(divisor == 0, 0.0, grad_loss / divisor)", "grad_loss / divisor"),
     ),
     *mutants(
         "a second backward scales the scaled",
-        AUTOGRAD,
+        LINEAR_MODULE,
         "linear_calls",
         "second_backward",
         (
             "head-gradients-used-twice",
-            "saved or _taken(ctx.gradients)",
+            "saved or take(ctx.gradients)",
             "saved or (ctx.gradients and ctx.gradients[0])",
         ),
     ),
@@ -83,7 +89,7 @@ LINEAR: list[Mutant] = [
     ),
     *mutants(
         "a softcap or a scale lost, or applied in 16 bits",
-        AUTOGRAD,
+        LINEAR_MODULE,
         "linear_softcap",
         "",
         ("scale-not-in-ready-gradients", "scale = scale * factor if factor != 1 else scale", "scale = scale * 1"),
@@ -91,7 +97,7 @@ LINEAR: list[Mutant] = [
     ),
     *mutants(
         "autocast ignored",
-        FUSED_LINEAR,
+        "caref_kernels/checks.py",
         "linear_calls",
         "autocast",
         ("head-outside-autocast", "return torch.get_autocast_dtype(hidden.device.type)", "return hidden.dtype"),
@@ -101,8 +107,8 @@ LINEAR: list[Mutant] = [
         PARTIAL_ROWS,
         "shards",
         "options or regimes or maxima_on_several_ranks",
-        ("own-maximum-not-joined", "group[:, 0] += ~is_owner", "group[:, 0] += 0"),
-        ("moments-not-moved", "powers[j - i] * group[:, i]", "powers[0] * group[:, i]"),
+        ("own-maximum-not-joined", "moments[:, 0] += ~is_owner", "moments[:, 0] += 0"),
+        ("moments-not-moved", "powers[j - i] * moments[:, i]", "powers[0] * moments[:, i]"),
         ("maximum-in-the-local-sums", ".scatter_(-1, argmax[block, None], 0.0)", ""),
     ),
     *mutants(
@@ -110,13 +116,17 @@ LINEAR: list[Mutant] = [
         SHARDS,
         "shards",
         "options or regimes or maxima_on_several_ranks or ignored_rows",
-        ("other-maxima-not-counted", "sums[:, place.start] += sums[:, COUNT] - 1", "sums[:, place.start] += 0"),
-        ("other-maxima-not-in-sced", "rest + (count * top_weight - 1) * density", "rest + (top_weight - 1) * density"),
-        ("other-maxima-not-in-slopes", "slope_sum + (count - 1) * top_weight * slope", "slope_sum"),
+        ("other-maxima-not-counted", "sums[:, place.start] += sums[:, NUM_MAXIMA] - 1", "sums[:, place.start] += 0"),
+        (
+            "other-maxima-not-in-sced",
+            "rest + (num_maxima * top_weight - 1) * density",
+            "rest + (top_weight - 1) * density",
+        ),
+        ("other-maxima-not-in-slopes", "slope_sum + (num_maxima - 1) * top_weight * slope", "slope_sum"),
         (
             "ties-of-the-mask-ignored",
-            "missing = support - (best > threshold).sum(-1, keepdim=True)",
-            "missing = support",
+            "missing = num_kept - (best > threshold).sum(-1, keepdim=True)",
+            "missing = num_kept",
         ),
     ),
     *mutants(
@@ -135,7 +145,7 @@ LINEAR: list[Mutant] = [
     ),
     *mutants(
         "whole logits on every rank taken for a larger vocabulary, or parts for whole logits",
-        "caref_kernels/vocab_parallel.py",
+        SHARDS,
         "vocab_parallel",
         "processes",
         ("same-columns-accepted", "bool((ranks == ranks[0]).all())", "bool((ranks != ranks).any())"),
@@ -143,7 +153,7 @@ LINEAR: list[Mutant] = [
     ),
     *mutants(
         "whole logits on every rank taken for a larger vocabulary, or parts for whole logits",
-        SHARDS,
+        "caref_kernels/distributed/collectives.py",
         "vocab_parallel",
         "processes",
         ("zeros-taken-for-the-same", "bits.unique().numel() < LEAST_DIFFERENT", "False"),

@@ -23,16 +23,20 @@ SPARSE = [
         SPARSITY,
         "sparsity",
         "reference and (topk or one_token or heavy_ties or fewer_finite_logits or support or budgets)",
-        ("k-off-by-one", "values.gather(-1, support - 1)", "values.gather(-1, (support - 2).clamp_min(0))"),
+        ("k-off-by-one", "values.gather(-1, num_kept - 1)", "values.gather(-1, (num_kept - 2).clamp_min(0))"),
         ("ties-count-whole", "torch.where(equal, tie_weight, above", "torch.where(equal, 1.0, above"),
         ("ties-count-nothing", "torch.where(equal, tie_weight, above", "torch.where(equal, 0.0, above"),
         ("floor-instead-of-ceil", ".exp()).ceil()", ".exp()).floor()"),
         (
             "nan-becomes-an-index",
-            "torch.where(wanted >= budget.k_min, wanted,",
+            "torch.where(wanted >= top_k.k_min, wanted,",
             "torch.where(wanted == wanted, wanted,",
         ),
-        ("masked-columns-in-the-mask", "support = torch.minimum(support, finite)", "support = support + 0 * finite"),
+        (
+            "masked-columns-in-the-mask",
+            "num_kept = torch.minimum(num_kept, finite)",
+            "num_kept = num_kept + 0 * finite",
+        ),
     ),
     *mutants(
         "G over all columns although there is a mask",
@@ -46,8 +50,8 @@ SPARSE = [
         ),
         (
             "top-always-whole",
-            "rows.mask.weight.gather(-1, rows.argmax) * values",
-            "(0 * rows.mask.weight.gather(-1, rows.argmax) + 1) * values",
+            "rows.top_k.weight.gather(-1, rows.argmax) * values",
+            "(0 * rows.top_k.weight.gather(-1, rows.argmax) + 1) * values",
         ),
     ),
     *mutants(

@@ -16,9 +16,12 @@ TESTS = {
     "backends/reference.py": "labels dtypes numerics sparsity",
     "checks.py": "validation hints labels layouts inplace linear_calls linear",
     "config.py": "signatures validation hints linear_softcap sparsity reductions",
-    "dtensors.py": "hints vocab_parallel",
+    "distributed/collectives.py": _SHARDED,
+    "distributed/dtensors.py": "hints vocab_parallel",
+    "distributed/local_stats.py": _SHARDED,
+    "distributed/shard.py": f"signatures {_SHARDED} hints",
     "functional.py": f"signatures validation reductions num_items layouts inplace labels sparsity {_COMPILED}",
-    "fused_linear.py": "signatures hints linear_calls linear linear_softcap compile",
+    "linear.py": "signatures hints linear_calls linear linear_softcap compile",
     "integrations/counting.py": "signatures count_items",
     "integrations/heads.py": "heads heads_refused model_loss_ranks",
     "integrations/model_loss.py": "model_loss model_life heads model_loss_ranks",
@@ -31,10 +34,7 @@ TESTS = {
     "modules.py": "signatures validation hints reductions num_items linear",
     "objective.py": "oracle numerics sparsity reductions properties",
     "ops.py": f"autograd dtypes linear {_COMPILED}",
-    "partial_rows.py": _SHARDED,
-    "shards.py": _SHARDED,
     "sparsity.py": "signatures validation sparsity properties",
-    "vocab_parallel.py": f"signatures {_SHARDED} hints",
 }
 
 # (module, line before the change, its new part): why no test can tell the change from the source.
