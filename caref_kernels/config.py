@@ -94,22 +94,11 @@ def _checks_options(owner: type[_Class]) -> type[_Class]:
 @_checks_options
 @dataclass(frozen=True, kw_only=True)
 class CarefConfig:
-    r"""Options of :func:`caref_kernels.caref_loss`, checked once, immutable and picklable.
+    """Options of :func:`caref_kernels.caref_loss`, which documents each; checked once, immutable and picklable.
 
-    Args:
-        alpha: exponent of ``|p log(p/U)|``, a real number in [1, 16].
-        beta: exponent of ``(1 - p)``, 0 or a real number in [0.1, 16].
-        lambda_sced: weight of the SCED term, finite and not negative; 0 skips its work.
-        lambda_kl: weight of the KL(p || U) term, finite and not negative.
-        sparsity: the tokens that enter SCED: ``None`` (all of them, the paper's equation), a
-            :class:`caref_kernels.TopK` or a :class:`caref_kernels.EntropyTopK`.
-        ignore_index: label of the rows that are not valid.
-        reduction: ``"mean"`` over the valid rows, ``"sum"``, or ``"none"``.
-        vocab_size: V of ``U = 1/V``; ``None`` takes the number of columns of the logits.  The softmax always runs over
-            every column: to leave padded columns out of it as well, pass ``logits[..., :n]``.
-        backend: ``"auto"`` or the name of a backend, which then runs or raises.
-        inplace_backward: write the gradient into the memory of the logits.
-        return_terms: return :class:`caref_kernels.CarefOutput` instead of the loss alone.
+    The softmax always runs over every column, whatever ``vocab_size`` is: to leave padded columns out of it as well,
+    pass ``logits[..., :n]``.
+
     Raises:
         TypeError: there is no option of that name, or it has the wrong type (tensors included: no gradient with
             respect to an option is provided).
@@ -164,13 +153,8 @@ class CarefConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """How the loss of a head computes logits, softcap tanh(logit_scale (hidden weight^T + bias) / softcap).
+    """Options of :func:`caref_kernels.linear_caref_loss`, which documents each, that other losses do not have.
 
-    Args:
-        logit_scale: factor of the logits, finite and > 0.
-        softcap: bound of the logits, finite and > 0; ``None`` for none.
-        chunk_rows: rows of logits that exist at a time, >= 1; ``None`` chooses.
-        reduce_hidden_grad: all-reduce the gradient of ``hidden`` over the ranks of a sharded vocabulary.
     Raises:
         TypeError, ValueError: an option has the wrong type, or is out of its range.
     """

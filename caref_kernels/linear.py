@@ -272,7 +272,7 @@ def _forward_implementation(*arguments):
     head, (targets, weights, needs_input_grad, chunk_rows, *rest) = _head(arguments)
     spec, backend, varying = ops.Call.of(head.weight.size(0), rest)
     weights = weights if varying is None else varying
-    rows = ops.WholeRows(backend, spec)
+    rows = ops.DirectRows(backend, spec)
     with torch.autocast(head.hidden.device.type, enabled=False):
         if targets is not None:
             linear_chunks.check_targets(targets, head.weight.size(0), spec)
@@ -290,7 +290,7 @@ def _forward_fake(*arguments):
 def _backward_implementation(grad_terms, *arguments):
     head, (targets, stats, needs_input_grad, chunk_rows, *rest) = _head(arguments)
     spec, backend, _ = ops.Call.of(head.weight.size(0), rest)
-    rows, needs_input_grad = ops.WholeRows(backend, spec), NeedsInputGrad(*needs_input_grad)
+    rows, needs_input_grad = ops.DirectRows(backend, spec), NeedsInputGrad(*needs_input_grad)
     with torch.autocast(head.hidden.device.type, enabled=False):
         return linear_chunks.backward(grad_terms, head, targets, stats, rows, needs_input_grad, chunk_rows)
 

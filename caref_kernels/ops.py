@@ -232,3 +232,20 @@ class WholeRows(NamedTuple):
             return backward(grad_terms, logits, targets, stats, self.spec, self.backend, numbers)
         backward_(grad_terms, logits, targets, stats, self.spec, self.backend, numbers)
         return logits.detach()
+
+
+class DirectRows(WholeRows):
+    """:class:`WholeRows` for the body of another operator, where the dispatcher would only cost time."""
+
+    def forward(self, logits: Tensor, targets: Tensor | None, numbers: None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """See :class:`Rows`."""
+        return backends.get(self.backend).forward(logits, targets, self.spec)
+
+    def gradient(  # noqa: PLR0913
+        self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, inplace: bool,
+        numbers: None = None,  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """See :class:`Rows`."""
+        out = logits if inplace else torch.empty_like(logits)
+        backends.get(self.backend).gradient(grad_terms, logits, targets, stats, self.spec, out)
+        return out
