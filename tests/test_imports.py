@@ -74,12 +74,14 @@ with warnings.catch_warnings(record=True) as caught:
     messages = [str(w.message) for w in caught]
 if len(messages) != 1 or "plain-PyTorch reference" not in messages[0]:
     sys.exit(f"expected one warning, got {messages}")
+if caught[0].filename != __file__:
+    sys.exit(f"the warning names {caught[0].filename} instead of the caller's file")
 """
 
 
 def test_pure_python_installation():
     """Without the compiled module everything works on the reference, which says once that it is slow."""
-    run = _python(WITHOUT_COMPILED)
+    run = _python("__file__ = '<string>'" + WITHOUT_COMPILED)
     assert run.returncode == 0, run.stderr
 
 
