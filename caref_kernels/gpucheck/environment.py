@@ -149,7 +149,7 @@ def suite(backend: str, seconds: float) -> dict:
 
 # Of the harness, the integrations, the tools.
 _NOT_ABOUT_KERNELS = (
-    "mutants", "gpucheck", "benchmarks", "demo", "smollm2", "private_cache", "data", "house", "imports", "harness",
+    "mutants", "gpucheck", "benchmarks", "demo", "smollm2", "private_cache", "data", "repository", "imports", "harness",
     "transformers", "heads", "model_l", "trl", "examples", "count_items", "documents", "build",
 )  # fmt: skip
 
