@@ -1,4 +1,4 @@
-"""What each of two processes of test_count_items.py does, over gloo."""
+"""The checks of each of the two processes of test_count_items.py, over gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from caref_kernels.integrations import count_items
 
 
 def run(rank: int, world: int, store: str) -> None:
-    """All checks of one process; an error of any ends them all."""
+    """Run all checks of one process; an error in any process ends them all."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -70,7 +70,7 @@ def check_groups(rank: int) -> None:
 
 
 def check_refusals(rank: int) -> None:
-    """On every rank alike, and before anything is exchanged."""
+    """Wrong calls raise on every rank alike, before anything is exchanged."""
     mesh = init_device_mesh("cpu", (2,))
     with pytest.raises(TypeError, match=r"group must be a .*ProcessGroup or None; got DeviceMesh: pass mesh.get_group"):
         count_items(labels_of(rank), group=mesh)

@@ -1,4 +1,4 @@
-"""What each process of test_model_loss_ranks.py does: ``apply_caref`` under data and tensor parallelism, over gloo."""
+"""The checks of each process of test_model_loss_ranks.py: ``apply_caref`` in data and tensor parallelism, over gloo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIABLES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE
 
 
 def run(rank: int, world: int, store: str) -> None:
-    """All checks of one process; an error of any ends them all."""
+    """Run all checks of one process; an error in any process ends them all."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def expected_of(model: torch.nn.Module, world: int):
 
 
 def check(wrapped, model, expected, rank: int, world: int, label: str) -> None:
-    """One pass and its gradients, averaged over the ranks by whoever wraps the model."""
+    """Check one pass and its gradients, which the wrapper of the model averages over the ranks."""
     number, total, gradients = expected
     inputs, labels = batch_of(rank, model.get_base_model() if hasattr(model, "get_base_model") else model)
     # Gradients are averaged over the ranks, so each divides by its share of the items.

@@ -1,4 +1,4 @@
-"""``accuracy`` of ``return_terms``: the arg-max of the statistics against torch's, ties included."""
+"""The ``accuracy`` term equals that of torch's arg-max, ties included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROWS, COLUMNS = 14, 37
 
 
 def make_rows(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half of the labels are the arg-max; coarse values, so that many rows have several."""
+    """Rows of coarse values, so that many have several maxima; half of the labels are the arg-max."""
     logits = torch.randn(ROWS, COLUMNS).round().to(dtype)
     labels = torch.randint(COLUMNS, (ROWS,))
     labels[::2] = logits.argmax(-1)[::2]

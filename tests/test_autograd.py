@@ -1,4 +1,4 @@
-"""A: the node in the graph: derivatives, incoming gradients of any kind, memory, in-place use, refusals."""
+"""The autograd node: derivatives, incoming gradients of any kind, memory, in-place use, and refused calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _leaf(rows=4, columns=7, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
 def test_gradcheck(backend, alpha, beta):
-    """Slow mode, an ignored row, every output at once: the loss and the three terms."""
+    """gradcheck in slow mode, with an ignored row, on the loss and the three terms at once."""
     labels = torch.tensor([1, -100, 6, 0])
     for reduction in ("mean", "none"):
 
@@ -87,7 +87,7 @@ def test_gradient_per_row(backend, dtype):
 
 
 def test_strides_of_the_incoming_gradient(backend):
-    """Expanded (stride 0), every second element, transposed: equal to the contiguous one, bit for bit."""
+    """An expanded, a strided and a transposed incoming gradient give bitwise the result of a contiguous one."""
     case = make_case("lm_like", 6, 50, seed=3)
     leaf = case.logits.clone().view(2, 3, 50).requires_grad_()
     out = caref_loss(leaf, case.labels.view(2, 3), reduction="none", return_terms=True, backend=backend)
@@ -120,7 +120,7 @@ def test_backward_twice(backend):
 
 
 def test_second_derivative_is_refused(fused_backend):
-    """An error, never a wrong number: a penalty on the gradient must not silently count as a constant."""
+    """A second derivative raises: a penalty on the gradient must not silently become a constant."""
     leaf = _leaf()
     loss = caref_loss(leaf, torch.tensor([0, 1, 2, 3]), backend=fused_backend)
     gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]
@@ -184,7 +184,7 @@ def test_upstream_op_that_saved_the_logits(backend, upstream):
 
 
 def test_inplace_backward(backend):
-    """The gradient lies in the memory of the logits and equals the other one; their old value is gone, and said so."""
+    """The gradient is written into the memory of the logits, and autograd reports a later use of their old value."""
     case = make_case("lm_like", 4, 300, torch.bfloat16, seed=8, ignored=1)
     gradients = []
     for inplace in (False, True):
@@ -269,7 +269,7 @@ def test_forward_and_backward_in_different_threads(backend):
 
 @pytest.mark.parametrize("return_terms", [False, True])
 def test_nothing_is_kept_alive(backend, return_terms):
-    """No reference cycle: with the collector off, logits die with the loss, with and without a backward."""
+    """There is no reference cycle: without the garbage collector the logits are freed together with the loss."""
     labels = torch.tensor([0, 1, 2, 3])
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""C: the operators under opcheck, and the loss under torch.compile and torch.export, bit for bit as in eager mode."""
+"""The operators under opcheck; torch.compile and torch.export give results bitwise identical to eager mode."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _operands(dtype, layout, targets):
     ],
 )
 def test_opcheck(backend, dtype, layout, targets, budget):
-    """Schemas, fakes and dispatch of every operator; forward and backward are not differentiable themselves."""
+    """Schema, fake and dispatch of every operator are right; the operators are not differentiable themselves."""
     logits, labels = _operands(dtype, layout, targets)
     spec = _spec(33, backend, budget)
     terms, stats = OPS.forward(logits, labels, *spec)
@@ -82,7 +82,7 @@ def _assert_same(one, other):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_inductor_gives_the_same_bits(backend, reduction):
+def test_inductor_is_bitwise_identical_to_eager_mode(backend, reduction):
     def step(logits, labels):
         out = caref_loss(logits * 1.0, labels, reduction=reduction, return_terms=True, backend=backend)
         return out.loss, out.ce, out.sced, out.kl
@@ -92,7 +92,7 @@ def test_inductor_gives_the_same_bits(backend, reduction):
 
 
 def test_masks_compile(backend):
-    """The policy is made inside the compiled function; its support comes out of it."""
+    """A compiled function may construct the top-k policy and return the number of tokens it kept."""
 
     def step(logits, labels):
         out = caref_loss(
@@ -110,7 +110,7 @@ def test_masks_compile(backend):
 
 
 def test_other_arguments_compile(backend):
-    """Mask, number of items as a tensor, real exponents, 16 bits, 3-D: no graph break anywhere."""
+    """A valid mask, a tensor of items, real exponents, 16 bits and 3-D logits compile without a graph break."""
     valid = torch.tensor([[True, False, True], [True, True, False]])
 
     def step(logits, labels, items):
@@ -125,7 +125,7 @@ def test_other_arguments_compile(backend):
 
 
 def test_dynamic_shapes(backend):
-    """Ten shapes, rows first and then columns: at most two recompilations."""
+    """Ten shapes, of other rows and then of other columns, take at most two recompilations."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(logits, labels):
@@ -162,7 +162,7 @@ def test_second_backward(backend):
 
 
 def test_logits_used_after_the_loss(backend):
-    """Returned, and overwritten: the compiler must not let the gradient land in memory that is still needed."""
+    """Logits that are returned or overwritten later keep their value: the gradient needs memory of its own."""
 
     def step(logits, labels):
         scores = logits * 1.0
@@ -178,7 +178,7 @@ def test_logits_used_after_the_loss(backend):
 
 
 def test_export(backend):
-    """The exported program keeps the operator and its value; rows are dynamic."""
+    """The exported program contains the operator, gives the same value, and has a dynamic number of rows."""
     case = make_case("lm_like", 4, 50, seed=6, ignored=1)
     module = CarefLoss(backend=backend)
     rows = torch.export.Dim("rows", min=2)
@@ -213,7 +213,7 @@ torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, torch.tensor([
 
 
 def test_no_call_warns():
-    """In a process of its own, because Dynamo says each of its warnings once: of caches that it traces through, say."""
+    """A compiled call gives no warning; in a process of its own, because Dynamo gives each warning only once."""
     command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", "-c", EVERY_CALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""C: numbers that change from step to step, as a warm-up of lambda does, compile once more and never again."""
+"""Numbers that change from step to step, as in a warm-up of lambda, cost one more compilation and no other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ OF_HEADS = {
 
 
 def _check(step, values, leaves, compiler="aot_eager"):
-    """At most one compilation besides the first, both within three steps, and the bits of eager code."""
+    """Two compilations at most, both within three steps, and results bitwise identical to eager code."""
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for index, value in enumerate(values):
@@ -129,7 +129,7 @@ def test_schedules_under_inductor():
 
 
 def test_opcheck_of_numbers_that_change(backend):
-    """The operands that replace numbers: schemas and fakes, and the values that the numbers give."""
+    """The operands that replace numbers pass opcheck and give the values that the numbers give."""
     case = make_case("lm_like", 6, 33, seed=5)
     ops = torch.ops.caref_kernels
     spec, placeholder = (CarefConfig(alpha=alpha, sparsity=EntropyTopK(scale=s)).row_spec(33)

@@ -1,4 +1,4 @@
-"""count_items: the divisor of an optimizer step, in one process and over two gloo ranks."""
+"""``count_items`` gives the divisor of an optimizer step, in one process and over two gloo ranks."""
 
 from __future__ import annotations
 

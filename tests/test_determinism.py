@@ -1,4 +1,4 @@
-"""Bitwise identical results: from run to run, for any number of threads, in any company of rows."""
+"""Results are bitwise identical from run to run, for any number of threads, and beside any other rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_run_to_run(backend):
             assert torch.equal(one, other)
 
 
-def test_row_does_not_depend_on_its_company(fused_backend):
+def test_row_does_not_depend_on_the_other_rows(fused_backend):
     case = make_case("lm_like", 12, 1500, seed=3)
     whole = evaluate(*case, backend=fused_backend)
     for row in range(12):
@@ -87,7 +87,7 @@ sys.stdout.write(str(int((torch.cat(bits).long() * weights).sum())))
 
 @pytest.mark.usefixtures("restored_threads")
 def test_calls_from_several_threads_at_once(backend):
-    """The compiled kernels run without the interpreter lock; they share nothing."""
+    """The compiled kernels release the interpreter lock and share no state between calls."""
     cases = [make_case("lm_like", 16, 400, seed=seed) for seed in range(8)]
     expected = [_results(case, backend) for case in cases]
     torch.set_num_threads(2)
@@ -100,7 +100,7 @@ def test_calls_from_several_threads_at_once(backend):
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("policy", [TopK(40), EntropyTopK()], ids=str)
 def test_masks_do_not_depend_on_threads(backend, policy):
-    """Every thread has lists of its own."""
+    """A mask is bitwise identical for any number of threads, each of which has its own working memory."""
     case = make_case("normal_1", 48, 9000, seed=9)
     torch.set_num_threads(1)
     expected = _results(case, backend, sparsity=policy)

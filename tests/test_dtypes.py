@@ -1,4 +1,4 @@
-"""D: every dtype against the oracle on the upcast logits; autocast, defaults, denormals; the fp16 rounding order."""
+"""Every dtype against the oracle on the upcast logits; autocast, torch's defaults, denormals, order of rounding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ON_GPUS = ("triton", "cuda", "cuda-emulated")
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_float64_stays_float64(backend, regime):
-    """Held to 1e-12, which arithmetic in float32 misses by six digits."""
+    """float64 logits are computed in float64: the tolerance is 1e-12, six digits below what float32 reaches."""
     case = make_case(regime, 3, 2000, torch.float64, seed=1, ignored=1)
     actual = evaluate(*case, backend=backend)
     assert {term.dtype for term in actual.terms} == {torch.float64}
@@ -36,7 +36,7 @@ def test_float64_stays_float64(backend, regime):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(backend, dtype, regime):
-    """float32 inside, one rounding at the end: terms as accurate as for float32 logits, gradients correctly rounded."""
+    """The arithmetic is float32: terms are as accurate as for float32 logits, gradients are rounded once."""
     case = make_case(regime, 4, 5000, dtype, seed=2, ignored=1)
     check_evaluation(evaluate(*case, backend=backend), oracle(*case), evaluate_eager(*case), f"{regime} {dtype}")
 
@@ -57,7 +57,7 @@ def test_gradient_has_the_dtype_of_the_logits(backend, dtype):
 
 
 def test_float16_gradient_is_scaled_before_it_is_rounded(backend):
-    """mean over 8192 rows: entries of 1e-9 survive a loss scale of 65536 only if it is applied in float32."""
+    """In a mean over 8192 rows entries of 1e-9 survive a loss scale of 65536 only if it is applied in float32."""
     rows, columns, scale = 8192, 64, 65536.0
     case = make_case("normal_1", rows, columns, torch.float16, seed=4)
     leaf = case.logits.clone().requires_grad_()
@@ -137,7 +137,7 @@ def test_flushed_denormals(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("into", [torch.float16, torch.bfloat16, torch.float64])
 def test_incoming_gradient_of_another_dtype(backend, dtype, into):
-    """The loss cast by the caller: the gradient arrives back in its own dtype, and leaves in that of the logits."""
+    """Where the caller casts the loss, the incoming gradient has that dtype; the result has that of the logits."""
     case = make_case("lm_like", 4, 300, dtype, seed=9)
     leaf = case.logits.clone().requires_grad_()
     loss = caref_loss(leaf, case.labels, reduction="none", backend=backend)
@@ -151,7 +151,7 @@ def test_incoming_gradient_of_another_dtype(backend, dtype, into):
 def test_upcast_input_gives_the_same_terms(backend, dtype):
     """The terms of 16-bit logits are those of the same values in float32.
 
-    Bit for bit, but for GPUs, whose threads hold as many columns as 16 bytes do and add in another order.
+    They are bitwise identical except on a GPU, whose threads read 16 bytes of columns and add in another order.
     """
     case = make_case("lm_like", 4, 1025, dtype, seed=10)
     narrow = evaluate(*case, ("loss",), backend=backend)
@@ -166,7 +166,7 @@ def test_upcast_input_gives_the_same_terms(backend, dtype):
 
 
 def test_mean_of_many_sixteen_bit_rows(backend):
-    """Row losses kept in 16 bits would lose the mean of 20,000 of them."""
+    """The mean of 20,000 rows is exact to float32; row losses in 16 bits would lose it."""
     case = make_case("normal_1", 20_000, 9, torch.bfloat16, seed=11)
     exact = oracle(*case, ()).terms
     out = caref_loss(*case, return_terms=True, backend=backend)

@@ -1,4 +1,4 @@
-"""The heads of real architectures, fused: the loss and every gradient of the model's own logits."""
+"""Fused heads of real architectures have the loss and every gradient of the model's own logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loss_of(model, inputs, labels):
 
 @pytest.mark.parametrize("kind", tiny_heads.KINDS)
 def test_a_fused_head_has_the_loss_and_gradients_of_the_logits(kind):
-    """Against a float64 copy of the model, its logits and the definition of the loss."""
+    """The reference is the definition of the loss on the logits of a float64 copy of the model."""
     model = tiny_heads.make(kind)
     inputs, labels = tiny_heads.batch(model)
     expected = tiny_heads.exact(model, inputs, labels, lambda_sced=0.5)
@@ -116,7 +116,7 @@ def test_evaluation_and_generation_are_untouched(kind):
 @pytest.mark.parametrize("first", ["peft", "caref"])
 @pytest.mark.parametrize("saved", [False, True], ids=["frozen", "modules_to_save"])
 def test_under_peft_in_either_order(kind, first, saved):
-    """LoRA below a frozen head, or with a trained copy of it."""
+    """LoRA below a frozen head, or with a trained copy of the head, applied before or after the loss."""
 
     def adapted(model):
         targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
@@ -135,7 +135,7 @@ def test_under_peft_in_either_order(kind, first, saved):
     model = (
         adapted(apply_caref(base, fuse_head=True)) if first == "caref" else apply_caref(adapted(base), fuse_head=True)
     )
-    if saved:  # train the copy away from the original, so that the wrong one would show
+    if saved:  # train the copy, so that its values differ from the original
         with torch.no_grad():
             base.get_output_embeddings().modules_to_save["default"].weight.mul_(1.5)
     expected = tiny_heads.exact(model, inputs, labels)
@@ -150,7 +150,7 @@ def test_under_peft_in_either_order(kind, first, saved):
 
 
 def test_two_adapters_with_heads_of_their_own():
-    """The loss of a pass is that of the head which the pass used, whatever ran since."""
+    """A pass has the loss of the adapter's head that it used, also if another adapter ran since."""
     base = tiny_heads.make("llama")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = peft.get_peft_model(base, config, adapter_name="one")
@@ -199,7 +199,7 @@ def test_trainable_tokens_on_a_tied_head_are_refused():
 
 
 def test_autocast_is_that_of_the_model():
-    """The products of the head run in the dtype that the model's own head had."""
+    """A fused head multiplies in the dtype in which the model's own head would."""
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
     losses = []
@@ -215,7 +215,7 @@ def test_autocast_is_that_of_the_model():
 
 
 def test_no_tensor_of_the_size_of_the_logits_is_made():
-    """Neither forward nor backward; a pass that makes logits is seen by the same measure."""
+    """Neither the forward nor the backward makes one; a pass that makes logits fails the same measurement."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0
@@ -238,7 +238,7 @@ def test_no_tensor_of_the_size_of_the_logits_is_made():
 
 
 def test_an_infinite_loss_stays_infinite():
-    """As a loss scale wants it that looks for overflows."""
+    """An infinite loss stays infinite, because a gradient scaler looks for overflows in it."""
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
     apply_caref(model, fuse_head=True)
@@ -281,12 +281,12 @@ def test_copies_of_a_fused_model_are_independent():
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
     apply_caref(model, fuse_head=True)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        twin.lm_head.weight.mul_(2)
-    for one in (model, twin):
+        copied.lm_head.weight.mul_(2)
+    for one in (model, copied):
         check_same(gradients_of(one, loss_of(one, inputs, labels)), tiny_heads.exact(one, inputs, labels))
         assert one(**inputs).logits.size(-1) == tiny_heads.VOCABULARY
-    remove_caref(twin)
-    assert twin(**inputs, labels=labels).logits is not None
+    remove_caref(copied)
+    assert copied(**inputs, labels=labels).logits is not None
     assert model(**inputs, labels=labels).logits is None

@@ -1,4 +1,4 @@
-"""Heads that cannot be fused, or only with care: hooks, changed logits, weights that are elsewhere, replaced heads."""
+"""Heads that cannot be fused are refused: hooks, changed logits, weights elsewhere; a replaced head is fused."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def loss_of(model, inputs, labels):
 
 
 class DTensor(nn.Parameter):
-    """Named like the distributed one."""
+    """A tensor subclass with the name of the distributed one."""
 
 
 def test_weights_that_are_elsewhere():
-    """Also when it happens after the loss was applied."""
+    """A weight that is not here is refused, also if it went after the loss was applied."""
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
     apply_caref(model, fuse_head=True)
@@ -92,7 +92,7 @@ def test_a_hook_on_the_input_of_the_head_is_obeyed():
 @pytest.mark.parametrize("change", ["masked", "clamped", "added"])
 @pytest.mark.parametrize("batch", ["default", "own"])
 def test_the_trial_notices_what_is_done_to_the_logits(change, batch):
-    """Refused, and the model is left as it was; the loss on its logits remains."""
+    """The head is refused and the model left as it was; the loss from its logits can still be applied."""
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
 

@@ -1,4 +1,4 @@
-"""P: errors that name the mistake: another library's order, the vocabulary in the wrong place, a misspelling."""
+"""Errors name the likely mistake: another library's argument order, a misplaced vocabulary, a misspelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A: gradients written into the memory of the logits, and where they must not be; views with a negative bit."""
+"""Gradients written into the memory of the logits, where they must not be, and views with a negative bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _leaf() -> Tensor:
 
 @pytest.mark.parametrize("name", OVERLAPPING)
 def test_inplace_backward_of_rows_that_overlap(backend, name):
-    """The gradient of one row would be written over the logits of another; elsewhere it is made as always."""
+    """Overlapping rows are refused: the gradient of one would overwrite the logits of another."""
     shape, strides = OVERLAPPING[name]
     leaf = torch.randn(64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     labels = torch.zeros(shape[:-1], dtype=torch.long)
@@ -68,7 +68,7 @@ def test_inplace_backward_of_rows_apart(backend, name):
 
 @pytest.mark.parametrize("view", [torch._neg_view, lambda x: torch.complex(x, x).conj().imag], ids=["bit", "imag"])
 def test_views_that_negate_their_memory(backend, view):
-    """Logits, hidden, weight and bias with a negative bit are what they say."""
+    """Logits, hidden states, weight and bias with a negative bit are read with their sign."""
     generator, labels = torch.Generator().manual_seed(3), torch.tensor([0, 1])
     logits, hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((2, 5), (2, 4), (5, 4), (5,)))
 
@@ -92,7 +92,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("hooks", HOOKS)
 def test_inplace_backward_under_saved_tensor_hooks(backend, hooks):
-    """No version counter guards what hooks hand back: another use of the logits would see their gradient."""
+    """Saved-tensor hooks are refused: no version counter would report a later use of the overwritten logits."""
     labels = torch.tensor([0, 1, 2, 3])
     for loss in (
         lambda logits, **options: caref_loss(logits, labels, backend=backend, **options),
@@ -126,7 +126,7 @@ def test_inplace_backward_under_non_reentrant_checkpointing(backend):
 
 
 def test_inplace_backward_in_two_threads_at_once(backend, monkeypatch):
-    """The version of the logits rises after they are written; a second pass that begins before that must not read."""
+    """A second backward that begins while the first one writes the logits must not read them."""
     leaf = _leaf()
     loss = caref_loss(leaf * 1, torch.tensor([0, 1, 2, 3]), inplace_backward=True, backend=backend)
     write, errors = ops.backward_, []

@@ -1,4 +1,4 @@
-"""Labels out of range, ignored rows, no rows; nothing is read or written outside the tensors."""
+"""Labels out of range, ignored rows and empty batches; nothing is read or written outside the tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BAD_LABELS = (5, 6, -1, -101, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63))
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_label_out_of_range(raising_backend, label, reduction):
-    """No wrap to a valid column after a cast to 32 bits: 2**32 + 1 would be column 1."""
+    """A label is checked before any cast to 32 bits, in which 2**32 + 1 would be column 1."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 4, label, 1])
     with pytest.raises(IndexError, match=rf"labels: target {label} at row 2 is out of range \[0, 5\)"):
@@ -52,7 +52,7 @@ def test_row_of_a_bad_label_in_three_dimensions(raising_backend):
 @pytest.mark.parametrize("label", BAD_LABELS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_label_out_of_range_on_a_device(silent_backend, label, dtype):
-    """Its row is NaN with a zero gradient, and the other rows do not notice; nothing is raised or waited for."""
+    """Its row is NaN with a zero gradient, the other rows are unchanged, and the call stays asynchronous."""
     if not torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max:
         return
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ PATTERN = -12345.0
 
 
 class Guarded:
-    """A tensor inside a larger buffer whose rim holds a pattern."""
+    """A tensor inside a larger buffer whose margins hold a pattern."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.buffer = torch.full((values.numel() + 2 * GUARD,), PATTERN, dtype=values.dtype)
@@ -91,7 +91,7 @@ class Guarded:
 
 
 def _ops_under_guard(backend, logits, labels, dtype):
-    """Forward and both backwards on guarded inputs; (inputs to keep, buffer whose inside may change)."""
+    """Run forward and both backwards on guarded tensors; returns the inputs and the buffer of the gradient."""
     spec = (2.0, 1.0, logits.size(-1), -100, True, 0.0, 0, 0, backend)
     inputs = [Guarded(logits), Guarded(labels)]
     terms, stats = torch.ops.caref_kernels.forward(inputs[0].view, inputs[1].view, *spec)
@@ -115,7 +115,7 @@ def test_canaries_of_good_calls(backend, columns, dtype):
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 def test_canaries_of_bad_labels(raising_backend, label):
-    """The label of the last row lies past the end: neither direction may touch the rim, whatever it raises."""
+    """A label past the end of the last row: neither direction may write the margins, whatever it raises."""
     logits = Guarded(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)))
     labels = Guarded(torch.tensor([0, 1, label]))
     spec = (2.0, 1.0, 5, -100, True, 0.0, 0, 0, raising_backend)
@@ -162,7 +162,7 @@ for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
 
 
 def test_hostile_statistics_stay_inside(fused_backend):
-    """The saved arg-max is data too; in a process of its own, because a wild write would take pytest along."""
+    """A saved arg-max out of range writes nothing outside; in a process of its own, which a stray write would end."""
     command = [sys.executable, "-c", PREAMBLE + HOSTILE, fused_backend, device_of(fused_backend)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, (run.returncode, run.stderr)
@@ -232,7 +232,7 @@ def test_no_rows(backend, reduction, expected):
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 30, 255, 2**40])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignore_index(backend, ignore_index, reduction):
-    """Inside or outside the vocabulary; the rows are left out of SCED and KL too, and of the count."""
+    """Ignored rows are left out of every term and of the count, for an index inside or outside the vocabulary."""
     case = make_case("lm_like", 8, 31, seed=3)
     labels = torch.tensor([0, 30, 4, ignore_index, 7, ignore_index, 1, 2])
     keep = labels != ignore_index
@@ -271,7 +271,7 @@ def test_ignored_row_may_hold_anything(backend, dtype, value):
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
 def test_valid_masks_rows(backend, mask_dtype):
-    """``fused_sced(valid=...)``: 0 leaves a row out, whatever it holds; any other number keeps it."""
+    """In ``fused_sced(valid=...)`` 0 leaves a row out, whatever it holds, and any other number keeps it."""
     logits = make_case("lm_like", 5, 40, seed=5).logits
     valid = torch.tensor([1, 0, 1, 1, 0]).to(mask_dtype)
     if mask_dtype != torch.bool:
@@ -304,7 +304,7 @@ def test_label_dtypes(backend):
 @pytest.mark.parametrize("ignore_index", [2**32 + 3, -(2**32), 2**40, -(2**31) - 1])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index, reduction):
-    """No label equals it, also where its lowest 32 bits are those of a label."""
+    """No int32 label equals such an index, also if its lowest 32 bits are those of a label."""
     case = make_case("lm_like", 4, 40, seed=8)
     labels = torch.tensor([3, 0, 5, 3])
     options = {"ignore_index": ignore_index, "reduction": reduction, "backend": backend}
@@ -327,7 +327,7 @@ def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index, reduc
 
 
 def test_shapes(backend):
-    """(B, T, V) with (B, T) equals the flattened call."""
+    """Logits (B, T, V) with labels (B, T) give the result of the flattened call."""
     case = make_case("lm_like", 6, 40, seed=7, ignored=1)
     flat = evaluate(*case, backend=backend)
     stacked = evaluate(case.logits.view(2, 3, 40), case.labels.view(2, 3), backend=backend)

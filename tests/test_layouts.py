@@ -1,4 +1,4 @@
-"""S: every layout gives the bits of its contiguous copy, without a copy where rows lie whole, and touches no gap."""
+"""Every layout gives bitwise the result of its contiguous copy; contiguous rows are not copied, gaps not written."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_inplace_gradient_stays_inside_a_strided_view(backend, dtype, layout):
 
 @pytest.mark.parametrize("layout", ["transposed", "every second row", "expanded"])
 def test_strides_of_the_row_gradients(backend, layout):
-    """The operator takes (N, 3) gradients of the terms with any strides."""
+    """The operator accepts gradients of the terms (N, 3) with any strides."""
     case = make_case("lm_like", 4, 33, seed=8, ignored=1)
     spec = (*CarefConfig(return_terms=True).row_spec(33), backend)
     weights = torch.randn(8, 3, generator=torch.Generator().manual_seed(8))
@@ -122,7 +122,7 @@ def test_strides_of_the_row_gradients(backend, layout):
 
 
 def test_gradient_reaches_the_padded_base(backend):
-    """A column slice of a padded vocabulary: the padding gets exactly 0."""
+    """For a column slice of a padded vocabulary the gradient of the padding is exactly 0."""
     base = _values((4, 40), torch.float32).clone().requires_grad_()
     labels = torch.tensor([0, 1, 2, 32])
     caref_loss(base[:, :33], labels, backend=backend).backward()

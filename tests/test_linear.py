@@ -1,4 +1,4 @@
-"""The loss of a fused head against the loss of its materialised logits; chunks, dtypes, reductions."""
+"""A fused head has the loss and gradients of its materialised logits, for all chunks, dtypes and reductions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_gradients(problem: Problem, actual, expected, label: str = "") -> None
 @pytest.mark.parametrize("chunk_rows", [1, 2, 7, 37, 42, None])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_chunked_equals_unchunked(backend, chunk_rows, reduction):
-    """Uneven numbers of labels per chunk, one divisor."""
+    """Chunks with different numbers of labels share one divisor."""
     problem = make_problem()
     options = {"reduction": reduction}
     loss = linear_caref_loss(*problem, chunk_rows=chunk_rows, backend=backend, **options)
@@ -153,7 +153,7 @@ def test_gradcheck(backend):
 
 
 def test_weight_gradient_does_not_degrade_with_the_number_of_chunks(backend):
-    """Products are added in float32: the error of 256 chunks is that of one."""
+    """Products are accumulated in float32, so the error of 256 chunks is that of one."""
     problem = make_problem(256, 64, 8, torch.bfloat16, seed=3, ignored=0)
     _, expected = exact(problem, reduction="sum")
     errors = []
@@ -168,7 +168,7 @@ def test_weight_gradient_does_not_degrade_with_the_number_of_chunks(backend):
 
 
 def test_loss_scale_arrives_before_rounding(backend):
-    """float16 and a mean over many rows: nothing underflows that a loss scale would have saved."""
+    """In float16 the loss scale is applied before rounding, so no gradient of a mean over many rows underflows."""
     problem = make_problem(512, 1000, 4, torch.float16, seed=4, ignored=0, bias=False)
     loss = linear_caref_loss(problem.hidden * 0.05, *problem[1:], backend=backend)
     scale = 2.0**14
@@ -179,7 +179,7 @@ def test_loss_scale_arrives_before_rounding(backend):
     check_identity(gradients[1], expected[0], "float16_head")
 
 
-# ------------------------------------------------------------------------------------------ what is wanted, and held
+# ------------------------------------------------------------------------------------- requested gradients, memory
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "hidden bias", "weight bias", ""])
@@ -252,7 +252,7 @@ def test_no_logits_and_no_gradient_of_a_frozen_head(fused_backend, frozen, dtype
 @pytest.mark.parametrize(
     ("shape", "dtype", "trains", "expected"),
     [
-        # rows, V, D.  A quarter of the logits with everything (Must hold), or the longest that D allows.
+        # rows, V, D.  A chunk is a quarter of the logits, or the longest that D allows.
         ((4096, 32_128, 256), torch.float32, True, 704),
         ((4096, 32_128, 256), torch.float32, False, 960),
         ((1024, 32_128, 1024), torch.bfloat16, True, 512),
@@ -290,7 +290,7 @@ def test_terms(backend, reduction):
 @pytest.mark.parametrize("sparsity", [TopK(5), EntropyTopK(scale=0.2, k_max=40)], ids=["top", "entropy"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_sparsity(backend, sparsity, reduction):
-    """The mask is a matter of a row, so chunks do not see it."""
+    """The top-k mask depends on its row alone, so the chunks do not change it."""
     problem = make_problem(seed=13)
     options = {"sparsity": sparsity, "lambda_sced": 1.0, "reduction": reduction}
     reason = backends.get(backend).unsupported(torch.empty(1, 2), CarefConfig(sparsity=sparsity).row_spec(203))
@@ -342,7 +342,7 @@ def test_micro_batches(backend):
         check_identity(a, b, "float32_terms")
 
 
-def test_the_budgets_of_16_bits_are_those_of_a_careful_user():
+def test_16_bit_heads_are_as_exact_as_materialised_logits():
     """A materialised head in the same dtype, with the loss in float32 and one rounding, is at most twice as exact."""
     problem = make_problem(256, 300, 32, torch.bfloat16, seed=11)
     logits = functional.linear(problem.hidden, problem.weight, problem.bias)

@@ -1,4 +1,4 @@
-"""Calls of a fused head: wrong calls, labels, autograd, autocast, and the compiler."""
+"""Calls of a fused head: wrong arguments, labels, autograd, autocast and torch.compile."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_wrong_calls(call, error, message):
 
 @pytest.mark.parametrize("label", [5, -1, -101, 2**31, -(2**63)])
 def test_label_out_of_range_names_its_row(raising_backend, label):
-    """The row of the batch, not of the chunk, and before any product."""
+    """The error names the row of the batch, not of the chunk, and comes before any product."""
     labels = torch.tensor([0, -100, 1, label, 2])
     with pytest.raises(IndexError, match=rf"target {label} at row 3 is out of range \[0, 5\)"):
         linear_caref_loss(torch.zeros(5, 4), WEIGHT, labels, chunk_rows=1, backend=raising_backend)
@@ -115,7 +115,7 @@ def test_one_spoiled_row_is_one_spoiled_row(backend):
 
 
 def test_second_backward(backend):
-    """Through a retained graph the gradients are made again, not scaled twice; without one torch refuses."""
+    """A retained graph gives the gradients again, not scaled twice; without one torch raises."""
     problem = make_problem(seed=3)
     loss = linear_caref_loss(*problem, chunk_rows=8, backend=backend)
     first = [gradient.clone() for gradient in torch.autograd.grad(3 * loss, leaves(problem), retain_graph=True)]
@@ -127,7 +127,7 @@ def test_second_backward(backend):
 
 
 def test_second_backward_between_any_two_bytecodes_of_the_first(backend):
-    """As another thread may come in between: ready gradients are scaled in place by one of the passes alone."""
+    """Another thread may interrupt a backward anywhere: only one pass scales the ready gradients in place."""
     problem = make_problem(seed=13)
     expected = torch.autograd.grad(linear_caref_loss(*problem, backend=backend), leaves(problem))
     taking = linear._linear_gradients.__code__
@@ -170,7 +170,7 @@ def test_double_backward_is_refused(backend, reduction):
 
 
 def test_incoming_gradients(backend):
-    """Per row, of both signs and 0; expanded; a scalar that is not 1."""
+    """Incoming gradients may differ per row, be negative, 0 or expanded, or be a scalar other than 1."""
     problem = make_problem(seed=5)
     grad = torch.randn(37, generator=torch.Generator().manual_seed(1))
     grad[::5] = 0
@@ -251,7 +251,7 @@ def test_function_transforms_are_refused(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(backend, dtype):
-    """The products in 16 bits; the gradient of the float32 weight is never rounded to them."""
+    """Under autocast the products are in 16 bits; the gradient of a float32 weight is not rounded to them."""
     problem = make_problem(seed=11)
     device = problem.hidden.device.type
     with torch.autocast(device, dtype):
@@ -294,7 +294,7 @@ def test_opcheck_of_heads(backend, needs):
 @torch._functorch.config.patch(donated_buffer=False)  # else torch refuses retain_graph by itself
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_equals_eager(backend, reduction):
-    """One graph, the same bits, and a second backward that is not scaled twice."""
+    """A head compiles to one graph, bitwise identical to eager mode, and a second backward is not scaled twice."""
     torch._dynamo.reset()
 
     def step(hidden, weight, bias, labels):
@@ -317,7 +317,7 @@ def test_compiled_equals_eager(backend, reduction):
 
 
 def test_logits_of_a_head_are_the_logits_of_the_loss():
-    """The same labels, ignored rows and divisor as the loss of materialised logits."""
+    """The head counts labels and ignored rows as the loss of materialised logits does."""
     problem = make_problem(seed=12)
     logits = functional.linear(problem.hidden, problem.weight, problem.bias)
     check_identity(linear_caref_loss(*problem), caref_loss(logits, problem.labels), "float32")

@@ -1,4 +1,4 @@
-"""F: heads whose logits are scaled or capped, as those of Cohere, Granite and Gemma 2 are, against float64 autograd."""
+"""Heads with scaled or capped logits, as in Cohere, Granite and Gemma 2, against float64 autograd."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exact(problem, form: Form, grad: Tensor | None = None, **options):
 @pytest.mark.parametrize("dtype", list(HEAD_IDENTITIES))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_value_and_gradients(backend, form, dtype, reduction):
-    """Made in the forward, and computed again for rows of their own incoming gradient."""
+    """Values and gradients are right if made in the forward, and if made again for incoming gradients per row."""
     problem = make_problem(dtype=dtype, seed=1)
     grad = torch.linspace(-1, 2, 37) if reduction == "none" else None
     options = {"reduction": reduction, "lambda_sced": 0.5}
@@ -106,7 +106,7 @@ def test_terms(backend, form, bias):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cap_rounds_nothing_in_16_bits(backend, dtype):
-    """Only the product is rounded: the loss is that of its capped values in float64."""
+    """In 16 bits only the product is rounded: the loss is that of its values, capped in float64."""
     problem = make_problem(dtype=dtype, seed=11, bias=False)
     product = (problem.hidden @ problem.weight.t()).detach().double()
     loss = linear_caref_loss(*problem, softcap=4.0, backend=backend)
@@ -116,7 +116,7 @@ def test_a_cap_rounds_nothing_in_16_bits(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_saturated_caps(backend, dtype):
-    """Every logit at 5 to 11 times its cap: 1 - tanh^2 in float32 would be 0, or one rounding."""
+    """Gradients survive logits of 5 to 11 times the cap, where 1 - tanh^2 in float32 would be 0 or one rounding."""
     problem = make_problem(bias=False, ignored=0, dtype=dtype, seed=5)
     with torch.no_grad():  # logits of 5 to 11 of either sign
         problem.hidden.copy_(functional.one_hot(torch.arange(37) % 16, 16))
@@ -132,7 +132,7 @@ def test_saturated_caps(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("size", [1e3, 6e4])
 def test_logits_far_beyond_the_cap(backend, dtype, size):
-    """Nothing overflows: the loss is that of the caps, the gradient 0."""
+    """Logits far beyond the cap do not overflow: the loss is that of the cap, the gradient 0."""
     problem = make_problem(6, 9, 4, dtype, ignored=0, bias=False)
     with torch.no_grad():  # one summand a logit, of either sign
         problem.hidden.copy_(size * functional.one_hot(torch.arange(6) % 4, 4) * problem.hidden.sign())
@@ -146,8 +146,8 @@ def test_logits_far_beyond_the_cap(backend, dtype, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_a_scale_of_a_power_of_two_has_the_bits_of_scaled_states(backend, dtype, softcap):
-    """The scale rounds nothing: not the logits, and no gradient before the incoming gradient is applied."""
+def test_a_scale_of_a_power_of_two_is_bitwise_identical_to_scaled_states(backend, dtype, softcap):
+    """A scale rounds neither the logits nor a gradient before the incoming gradient is applied."""
     problem = make_problem(dtype=dtype, seed=6, bias=False)
     scaled = (problem.hidden.detach() * 0.25).requires_grad_()
     ours = linear_caref_loss(*problem, logit_scale=0.25, softcap=softcap, chunk_rows=7, backend=backend)
@@ -160,7 +160,7 @@ def test_a_scale_of_a_power_of_two_has_the_bits_of_scaled_states(backend, dtype,
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_small_scale_does_not_underflow_in_float16(backend, reduction):
-    """A loss scale and the small factor meet in float32."""
+    """The loss scale and a small factor are multiplied in float32."""
     problem = make_problem(64, 300, 8, torch.float16, seed=7, ignored=0)
     form, scale = Form(2.0**-13), 2.0**13
     loss = linear_caref_loss(*problem, **form._asdict(), reduction=reduction, backend=backend)
@@ -170,7 +170,7 @@ def test_a_small_scale_does_not_underflow_in_float16(backend, reduction):
 
 
 class _Operators(TorchDispatchMode):
-    """What was dispatched, and the most bytes that pieces of memory of a size from ``least`` on held at a time."""
+    """The operators that were dispatched, and the peak bytes of all storages of at least ``least`` bytes."""
 
     def __init__(self, least: int = 0) -> None:
         super().__init__()

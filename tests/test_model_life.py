@@ -1,4 +1,4 @@
-"""``apply_caref`` through the life of a model: copies, files, removal, wrappers, nesting, interruptions, threads."""
+"""``apply_caref`` survives what happens to a model: copies, files, removal, wrappers, nesting, errors, threads."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def test_accelerate_may_wrap_and_unwrap_the_forward(fuse_head):
     outputs = unwrapped(**inputs, labels=labels)
     assert torch.equal(outputs.loss, expected)
     assert (outputs.logits is None) is fuse_head
-    twin = copy.deepcopy(unwrapped)
+    copied = copy.deepcopy(unwrapped)
     with torch.no_grad():
-        twin.lm_head.weight.mul_(2)
-    assert not torch.equal(twin(**inputs, labels=labels).loss, expected)
+        copied.lm_head.weight.mul_(2)
+    assert not torch.equal(copied(**inputs, labels=labels).loss, expected)
     for wrapped in (unwrapped, accelerator.prepare(unwrapped)):  # a removal cannot reach below what accelerate wraps
         own = remove_caref(wrapped)(**inputs, labels=labels)
         assert own.logits is not None
@@ -130,7 +130,7 @@ def test_accelerate_may_wrap_and_unwrap_the_forward(fuse_head):
 @FORMS
 @pytest.mark.parametrize("first", ["dispatch", "caref"])
 def test_a_device_map_of_accelerate(fuse_head, first):
-    """Its hooks replace the forward of every module."""
+    """The hooks of a device map, which replace the forward of every module, keep the loss."""
     accelerate = pytest.importorskip("accelerate")
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
@@ -151,7 +151,7 @@ def test_a_device_map_of_accelerate(fuse_head, first):
 
 
 class Distilled(nn.Module):
-    """A model whose forward runs another one first, and one whose output depends on a second."""
+    """A model whose forward runs a second model first."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def test_checkpointing(kind, fuse_head, use_reentrant):
         )
         assert len(passes) == 1
         check_same(gradients_of(model, whole), expected)
-        # Computed again; a checkpoint that is not reentrant stops as soon as it has what it had saved.
+        # The pass is computed again; a non-reentrant checkpoint stops as soon as it has what it had saved.
         assert len(passes) == 1 + use_reentrant
 
 

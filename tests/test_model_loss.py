@@ -1,4 +1,4 @@
-"""``apply_caref``: the loss as a model's own, its arguments, compilation, PEFT, and what is refused."""
+"""``apply_caref`` makes the loss a model's own: arguments, torch.compile, PEFT, and refused models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_num_items_in_batch_divides(kind, fuse_head, number):
 @FORMS
 @KINDS
 def test_a_batch_without_a_label(kind, fuse_head):
-    """0 with a zero gradient in training, NaN in evaluation as with torch's cross-entropy."""
+    """The loss is 0 with a zero gradient in training, and NaN in evaluation, as torch's cross-entropy is."""
     model, inputs, labels = applied(kind, fuse_head)
     nothing = torch.full_like(labels, -100)
     for zero in (0, torch.tensor(0)):
@@ -114,7 +114,7 @@ def test_outputs_as_a_tuple_and_positional_inputs(kind, fuse_head):
 @FORMS
 @KINDS
 def test_forward_may_be_called_directly(kind, fuse_head):
-    """As PEFT's AdaLoRA does, and peft before 0.21 in every method: hooks do not run."""
+    """AdaLoRA calls ``forward`` directly, as every method of peft before 0.21 does, and hooks do not run then."""
     model, inputs, labels = applied(kind, fuse_head)
     outputs = model.forward(**inputs, labels=labels)
     assert torch.equal(outputs.loss, model(**inputs, labels=labels).loss)
@@ -177,7 +177,7 @@ def test_a_compiled_model_in_one_graph(kind, fuse_head):
 @FORMS
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_schedule_compiles_once_and_terms_are_recorded(fuse_head):
-    """A second apply changes numbers alone; one more compilation is torch's way to make them dynamic."""
+    """A second ``apply_caref`` changes numbers only, which costs the one compilation that makes them dynamic."""
     torch._dynamo.reset()
     model, inputs, labels = applied("llama", fuse_head)
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -218,7 +218,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_every_method_of_peft_trains(kind, fuse_head, adapter):
-    """Without regularisers it is the model's own loss, virtual tokens included."""
+    """Without regularisers the loss is the model's own, virtual tokens included."""
     base = tiny_heads.make(kind)
     inputs, labels = tiny_heads.batch(base)
     options = dict(ADAPTERS[adapter])
@@ -280,7 +280,7 @@ def test_models_that_cannot_have_the_loss():
 
 
 def test_a_masked_language_model_is_scored_without_a_shift():
-    """What moves the labels is found out, not told by the kind of the class."""
+    """Whether labels are shifted is observed on the model, not derived from its class."""
     config = transformers.BertConfig(
         vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
@@ -292,7 +292,7 @@ def test_a_masked_language_model_is_scored_without_a_shift():
 
 
 def test_losses_that_a_model_adds_itself_are_not_dropped():
-    """Encoder-decoder models with routers add theirs beside their cross-entropy, where no loss function is asked."""
+    """Encoder-decoder models add router losses in their forward without calling a loss function: they are refused."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=2,
         num_sparse_decoder_layers=1, num_heads=2, num_experts=2, dropout_rate=0.0, decoder_start_token_id=0,
@@ -310,7 +310,7 @@ def test_losses_that_a_model_adds_itself_are_not_dropped():
 
 
 def test_a_forward_that_is_replaced_afterwards_is_noticed():
-    """As a Liger kernel does: its forward never asks for the model's loss."""
+    """A Liger kernel replaces the forward by one that never calls the model's loss function."""
     model, inputs, labels = applied("llama", False)
 
     def replaced(input_ids, labels=None, **_options):
@@ -337,7 +337,7 @@ def test_a_model_that_makes_its_logits_without_its_head_is_not_fused():
 
 
 def test_the_loss_function_by_itself():
-    """On logits it is the loss; with a fused head it says that there is no pass to fuse."""
+    """Called on logits it is the loss; with a fused head it raises, because no forward pass is running."""
     model, inputs, labels = applied("llama", False)
     logits = model(**inputs).logits
     alone = model.loss_function(logits=logits, labels=labels, vocab_size=tiny_heads.VOCABULARY)

@@ -1,4 +1,4 @@
-"""R: ``num_items=0``, which a rank or a micro-batch without labels has, in every function, eager and compiled."""
+"""``num_items=0``, the divisor of a rank or micro-batch without labels, in every function, eager and compiled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _tensors(function: str, ignored: int, rows: int = ROWS):
     weight = make_case("normal_1", COLUMNS, FEATURES, seed=2).logits.requires_grad_()
     leaf = make_case("normal_1", rows, FEATURES, seed=3).logits if "inear" in function else case.logits
     leaf = leaf.clone()
-    leaf[case.labels == CarefConfig.ignore_index] = math.nan  # rows that do not count may hold anything
+    leaf[case.labels == CarefConfig.ignore_index] = math.nan  # ignored rows may hold anything
     return leaf.requires_grad_(), weight, case.labels
 
 
@@ -62,7 +62,7 @@ compiler = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Fut
 @pytest.mark.parametrize("kind", ["int", "float", "int64", "int32", "float32"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_no_row_and_no_item(backend, function, kind, rows):
-    """Loss and gradient are 0, so that the step of such a rank adds nothing; a mean over no row stays NaN."""
+    """Loss and gradient are 0, so that such a rank adds nothing to a step; a mean over no row stays NaN."""
     leaf, weight, labels = _tensors(function, rows, rows)
     loss = _loss(function, backend, _items(kind))(leaf, weight, labels)
     assert loss.item() == 0
@@ -88,7 +88,7 @@ def test_no_row_and_no_item_with_terms(backend, function):
 @pytest.mark.parametrize("kind", ["int", "float", "int64", "float32"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_rows_that_are_no_items_are_an_error(raising_backend, function, kind):
-    """Where it can be seen without waiting for a device, and with both numbers."""
+    """The error names both numbers; it is raised where it needs no synchronisation with a device."""
     tensors = _tensors(function, 2)
     with pytest.raises(
         ValueError, match=r"num_items must be > 0 where there are valid rows; got .*0.* for 4 valid rows"
@@ -102,8 +102,8 @@ def test_rows_that_are_no_items_are_an_error(raising_backend, function, kind):
     [*((name, {}) for name in FUNCTIONS), *((name, one) for name in ("caref_loss", "linear") for one in WEIGHTS)],
     ids=str,
 )
-def test_a_number_of_items_that_nobody_reads(backend, function, weights):
-    """As on a device, here in compiled code: 0 without a row, infinite with rows, never a gradient of NaN."""
+def test_a_number_of_items_that_is_not_read(backend, function, weights):
+    """Compiled code does not read the number: 0 gives 0 without valid rows, infinity with them, no gradient of NaN."""
     torch._dynamo.reset()
 
     def step(leaf, weight, labels, items):
@@ -123,7 +123,7 @@ def test_a_number_of_items_that_nobody_reads(backend, function, weights):
 
 
 @compiler
-def test_terms_of_a_number_of_items_that_nobody_reads(backend):
+def test_terms_of_a_number_of_items_that_is_not_read(backend):
     torch._dynamo.reset()
 
     def step(logits, labels, items):

@@ -1,4 +1,4 @@
-"""N: values and gradients of every backend against the float64 oracle, in every regime, at every kind of width."""
+"""Values and gradients of every backend against the float64 oracle, in every regime and at every kind of width."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ BETAS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
 
 
 @functools.lru_cache(maxsize=64)
-def _judged(regime, rows, columns, seed, parts=GRADIENT_PARTS):
-    """A case with its oracle and eager results, which every backend then shares."""
+def _with_references(regime, rows, columns, seed, parts=GRADIENT_PARTS):
+    """A case with its oracle and eager results, computed once for all backends."""
     case = make_case(regime, rows, columns, seed=seed)
     return case, parts, oracle(*case, parts), evaluate_eager(*case, parts)
 
@@ -42,13 +42,13 @@ def _judged(regime, rows, columns, seed, parts=GRADIENT_PARTS):
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_widths(backend, rows, columns):
-    case, parts, *judges = _judged("normal_3", rows, columns, columns)
+    case, parts, *judges = _with_references("normal_3", rows, columns, columns)
     check_evaluation(evaluate(*case, parts, backend=backend), *judges)
 
 
 @pytest.mark.parametrize("columns", VOCABULARIES)
 def test_vocabularies(backend, columns):
-    case, parts, *judges = _judged("lm_like", 2, columns, columns, ("loss", "sced"))
+    case, parts, *judges = _with_references("lm_like", 2, columns, columns, ("loss", "sced"))
     check_evaluation(evaluate(*case, parts, backend=backend), *judges)
 
 
@@ -60,19 +60,19 @@ def test_many_rows(backend):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("columns", [1000, 32128])
 def test_distributions(backend, regime, columns):
-    case, parts, *judges = _judged(regime, 2, columns, 7)
+    case, parts, *judges = _with_references(regime, 2, columns, 7)
     check_evaluation(evaluate(*case, parts, backend=backend), *judges, regime)
 
 
 @pytest.mark.parametrize("regime", ["normal_0.1", "near_uniform", "confident_1e-7", "bimodal"])
 def test_widest_vocabulary(backend, regime):
-    case, parts, expected, _ = _judged(regime, 2, 262144, 8, ("sced", "kl"))
+    case, parts, expected, _ = _with_references(regime, 2, 262144, 8, ("sced", "kl"))
     check_evaluation(evaluate(*case, parts, backend=backend), expected, label=regime)
 
 
 @pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
 def test_confident_rows(backend, rest):
-    """Every float32 form that starts from lse is wrong by 100 % here, so eager is no judge."""
+    """Every float32 form that starts from lse is wrong by 100 % here, so eager results are not compared."""
     logits = confident_logits(rest, 4, 32128, seed=3).float()
     labels = logits.argmax(-1)
     labels[2:] = torch.tensor([5, 32127])
@@ -119,7 +119,7 @@ def _masked_columns(pattern: str, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("pattern", ["one", "first", "half", "tail"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masked_columns(backend, dtype, pattern, fill):
-    """The row without those columns, at the same V."""
+    """Columns of -inf change nothing: the result is that of the row without them, at the same V."""
     columns = 1000
     masked = _masked_columns(pattern, columns)
     logits = make_case("lm_like", 3, columns, dtype, seed=2).logits.clone()
@@ -135,7 +135,7 @@ def test_masked_columns(backend, dtype, pattern, fill):
 
 
 def test_label_on_a_masked_column(backend):
-    """As in torch: infinite cross-entropy, finite gradient; the other terms do not notice."""
+    """As in torch the cross-entropy is infinite and its gradient finite; the other terms are unchanged."""
     logits = make_case("normal_1", 2, 50).logits
     logits[0, 7] = -math.inf
     labels = torch.tensor([7, 7])
@@ -192,7 +192,7 @@ def test_extreme_logits(backend, dtype, extreme):
 
 @pytest.mark.parametrize("shift", [-1024.0, 1024.0])
 def test_shift(backend, shift):
-    """On a grid where z + k is exact, the differences to the maximum are the same numbers."""
+    """Adding a constant to a row changes nothing, on a grid where the addition is exact."""
     case = make_case("normal_3", 3, 1000)
     logits = (case.logits * 1024).round() / 1024
     before, after = (evaluate(z, case.labels, backend=backend) for z in (logits, logits + shift))
@@ -229,7 +229,7 @@ def test_exponents_in_float64(backend, alpha, beta):
 
 
 def test_kink_of_alpha_one(backend):
-    """|L| has a kink at p = U: the gradient is 0 there and bounded by twice the largest p |f'| beside it."""
+    """|L| has a kink at p = U, where the gradient is 0; beside it, it is at most twice the largest p |f'|."""
     logits = torch.zeros(3, 8)
     logits[1, 2] = torch.nextafter(torch.tensor(0.0), torch.tensor(1.0))
     logits[2, 2] = 1e-7
@@ -242,7 +242,7 @@ def test_kink_of_alpha_one(backend):
 
 @pytest.mark.parametrize("gap", [200.0, 1e4, 3e38])
 def test_one_hot_limit(backend, gap):
-    """beta = 0: (log V)^alpha; beta > 0: 0, also where eager gives NaN (0 < beta < 1)."""
+    """The limit is (log V)^alpha for beta = 0 and 0 otherwise, also where eager gives NaN (0 < beta < 1)."""
     logits = torch.full((2, 100), -gap / 2)
     logits[0, 17] = gap / 2
     logits[1, 99] = gap / 2
@@ -258,7 +258,7 @@ def test_one_hot_limit(backend, gap):
 
 @pytest.mark.parametrize("vocab_size", [None, 32100, 40000])
 def test_vocab_size(backend, vocab_size):
-    """V of U alone; the softmax runs over every column.  Judged by eager in float64, which shares no code."""
+    """``vocab_size`` changes U alone; the reference is eager code in float64, which shares nothing with the kernels."""
     case = make_case("lm_like", 4, 32128, seed=9)
     expected = evaluate_eager(case.logits.double(), case.labels, vocab_size=vocab_size)
     actual = evaluate(*case, vocab_size=vocab_size, backend=backend)
@@ -279,7 +279,7 @@ def test_tied_maxima(backend, ties, dtype):
 
 
 def test_order_of_the_columns(backend):
-    """The maximum in the first, a middle and the last block; rising, falling and sawtooth rows."""
+    """The maximum may be in any block: rising, falling and sawtooth rows."""
     values = make_case("normal_3", 1, 5000, seed=10).logits[0]
     rising = values.sort().values
     top, rest = rising[-1:], values[values != rising[-1]]
@@ -299,7 +299,7 @@ def test_many_short_rows(backend):
 @pytest.mark.parametrize("regime", ["normal_0.1", "normal_1", "lm_like"])
 @pytest.mark.parametrize("inside_ratio", [False, True])
 def test_official_formula(backend, regime, inside_ratio):
-    """The authors' code adds 1e-9 inside the logarithm; float64 differs from it by no more than the proven bounds."""
+    """The authors' code adds 1e-9 inside the logarithm; in float64 the results differ by at most the proven bounds."""
     eps, columns = 1e-9, 4096
     case = make_case(regime, 4, columns, torch.float64, seed=12)
     p = torch.softmax(case.logits, -1)
@@ -330,7 +330,7 @@ def test_plain_cross_entropy(backend, reduction):
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1e6, 0.0), (0.0, 1e6), (0.3, 0.7)])
 def test_weights(backend, weights):
-    """0 leaves a term out of value and gradient (and its work), 1e6 scales it."""
+    """A weight of 0 leaves a term out of value and gradient, and 1e6 scales it."""
     w_sced, w_kl = weights
     case = make_case("lm_like", 3, 1000, seed=14)
     terms, exact, _ = oracle(*case)
@@ -354,7 +354,7 @@ def test_fused_sced_is_the_term(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6])
 def test_gradient_of_the_true_class(backend, rest, dtype):
-    """dCE of a confident row at its label is -(1-p), which p - 1 would lose: at most one step of the dtype off."""
+    """dCE of a confident row at its label is -(1-p) to one step of the dtype; p - 1 would lose it."""
     logits = confident_logits(rest, 4, 32128, seed=15).to(dtype)
     labels = logits.argmax(-1)
     expected = oracle(logits, labels, ("ce", "loss")).gradients

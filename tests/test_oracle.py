@@ -1,6 +1,6 @@
-"""The judge judged: the float64 reference against 50-digit arithmetic and against the plain composition.
+"""Validate the float64 reference against 50-digit arithmetic (mpmath) and against the plain composition.
 
-Nothing here calls caref_kernels.objective twice: a wrong formula there cannot agree with itself.
+No expected value here comes from caref_kernels.objective, so that a wrong formula cannot confirm itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_reference_against_50_digits(name, alpha, beta):
 @pytest.mark.parametrize("regime", ["normal_1", "normal_3", "lm_like", "zipf", "tied_maxima"])
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 1.0), (3.0, 2.0), (1.5, 0.5)])
 def test_every_backend_against_the_composition(backend, regime, alpha, beta):
-    """The plain composition in float64 is exact enough on rows that are not confident, and independent."""
+    """On rows that are not confident the plain composition in float64 is an independent, exact reference."""
     case = make_case(regime, 4, 1000, seed=20, ignored=1)
     expected = evaluate_eager(case.logits.double(), case.labels, alpha=alpha, beta=beta)
     check_evaluation(evaluate(*case, alpha=alpha, beta=beta, backend=backend), expected, label=regime)

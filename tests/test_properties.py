@@ -1,4 +1,4 @@
-"""Y: what holds for every row, on rows that hypothesis chooses."""
+"""Properties that hold for every row, on rows that hypothesis chooses."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_oracle_and_finiteness(drawn, powers):
 @few_rows
 @given(row_sets(kinds=("normal", "blocks")), st.integers(-12, 12))
 def test_shift_invariance(drawn, power):
-    """On a grid of 2^-8 the shift is exact, and the result the same to the last bit."""
+    """On a grid of 2^-8 the shift is exact, and the results are bitwise identical."""
     logits, labels, backend = drawn
     grid = (logits * 256).round() / 256
     shift = math.copysign(2.0 ** abs(power), power)
@@ -136,7 +136,7 @@ def test_gradients_sum_to_zero(drawn, powers):
 @few_rows
 @given(row_sets(), st.data())
 def test_rows_add_up(drawn, data):
-    """An ignored row is a deleted row; a partition has the same sum; a copy doubles it and keeps the mean."""
+    """Ignoring a row equals deleting it; parts add up; a doubled batch has twice the sum and the same mean."""
     logits, labels, backend = drawn
     whole = evaluate(logits, labels, backend=backend)
     keep = labels != -100
@@ -194,7 +194,7 @@ def test_bounds_of_sced(drawn, alpha):
 @few_rows
 @given(st.integers(2, 300), st.sampled_from(ALPHAS), st.sampled_from(NAMES))
 def test_one_hot_limit(columns, alpha, backend):
-    """SCED falls to 0 with the gap (beta > 0), or rises to (log V)^alpha (beta = 0); a uniform row gives 0."""
+    """With a growing gap SCED falls to 0 (beta > 0) or rises to (log V)^alpha (beta = 0); a uniform row has 0."""
     gaps = torch.linspace(math.log(columns) + 6, 120, 40, dtype=torch.float64)
     logits = torch.zeros(40, columns, dtype=torch.float64)
     logits[:, columns // 2] = gaps
@@ -213,7 +213,7 @@ def test_one_hot_limit(columns, alpha, backend):
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_largest_value_and_slope(name, columns, largest, steepest):
-    """Known maxima over two-level rows, reached and passed by at most 1 %, so float16 cannot overflow.
+    """SCED and its slope stay below known maxima over two-level rows, so that float16 cannot overflow.
 
     The value peaks where two columns share nearly everything, the slope where one column holds 0.41.
     """
@@ -339,7 +339,7 @@ def test_sixteen_bits_are_the_upcast_values(drawn):
 @every_row
 @given(row_sets(), st.integers(1, 310), st.integers(1, 310), st.floats(0.01, 3))
 def test_masks(drawn, k, other, scale):
-    """The exact mask of a sort; SCED does not fall with k, and that of all columns is the unmasked one."""
+    """The mask is that of a sort; SCED does not fall with k, and with all columns it equals the dense term."""
     logits, labels, backend = drawn
     valid = labels != -100
     columns, smaller, larger = logits.size(-1), min(k, other), max(k, other)

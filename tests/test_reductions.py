@@ -1,4 +1,4 @@
-"""R: sum, mean and none agree, divisors divide, the terms add up and can be used on their own."""
+"""Sum, mean and none agree, divisors divide, the terms add up and can be used on their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TERMS = ("loss", "ce", "sced", "kl", "entropy")
 
 
 def test_reductions_agree(backend):
-    """mean divides by the rows that count, not by all of them."""
+    """The mean divides by the number of valid rows, not of all rows."""
     case = make_case("lm_like", 12, 300, seed=1, ignored=5)
     out = {
         reduction: caref_loss(*case, reduction=reduction, return_terms=True, backend=backend)
@@ -84,7 +84,7 @@ def test_terms_add_up(backend, reduction, weights):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_terms_are_differentiable(backend, reduction):
-    """A script may weigh the terms itself, with or without the loss; the entropy is a constant."""
+    """The terms may be weighted by the caller, with or without the loss; the entropy has no gradient."""
     case = make_case("lm_like", 5, 300, seed=5, ignored=1)
     leaf = case.logits.clone().requires_grad_()
     out = caref_loss(leaf, case.labels, reduction=reduction, return_terms=True, backend=backend)
@@ -102,7 +102,7 @@ def test_terms_are_differentiable(backend, reduction):
 
 
 def test_micro_batches(backend):
-    """One batch of 64 and 8 micro-batches with the same divisor, given as a number or as a tensor."""
+    """Eight micro-batches with the divisor of their batch, a number or a tensor, add up to it."""
     case = make_case("lm_like", 64, 300, seed=6, ignored=11)
     whole = case.logits.clone().requires_grad_()
     loss = caref_loss(whole, case.labels, backend=backend)
@@ -129,7 +129,7 @@ def test_num_items_divides_every_term(backend):
 
 
 def test_sum_over_many_rows(backend):
-    """float32 partial sums would lose the last digits; 300,000 rows of a short vocabulary."""
+    """The sum over 300,000 rows keeps the digits that float32 partial sums would lose."""
     case = make_case("normal_1", 300_000, 3, seed=8)
     exact = eager_terms(case.logits.double(), case.labels)
     out = caref_loss(*case, reduction="sum", return_terms=True, backend=backend)

@@ -1,4 +1,4 @@
-"""Mistakes that a mutant made and no other test noticed."""
+"""Defects that a mutant introduced and no other test detected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from caref_kernels.testing import make_case
 
 
 def _far_apart(rows: torch.Tensor) -> torch.Tensor:
-    """The same rows, 2^31 elements from one another; only the pages that are touched take memory."""
+    """Rows that lie 2^31 elements apart; only the pages that are touched take memory."""
     stride = 2**31
     try:
         storage = torch.empty((len(rows) - 1) * stride + rows.size(-1), dtype=rows.dtype)
@@ -36,7 +36,7 @@ def test_row_offsets_beyond_32_bits(backend, inplace):
 
 
 def test_second_derivative_of_the_reference_passes_ignored_rows():
-    """NaN in a row that does not count must not come back through a masked select."""
+    """NaN in an ignored row must not come back through a masked select."""
     case = make_case("normal_1", 3, 7, torch.float64)
     logits = case.logits.clone()
     logits[1] = torch.nan
@@ -54,7 +54,7 @@ def test_second_derivative_of_the_reference_passes_ignored_rows():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1030, 5000])
 def test_nan_among_masked_columns_before_the_maximum(backend, columns, dtype):
-    """Whole blocks without a finite logit come first, so nothing is summed when the NaN is met."""
+    """A row that begins with whole blocks of -inf, before any sum exists, still reports its NaN."""
     logits = torch.full((2, columns), -torch.inf, dtype=dtype)
     logits[:, -3:] = torch.tensor([1.0, 2.0, 0.5])
     logits[1, 5] = torch.nan
@@ -69,7 +69,7 @@ def test_nan_among_masked_columns_before_the_maximum(backend, columns, dtype):
 
 
 def test_incoming_gradients_of_any_strides(backend):
-    """Autograd hands over contiguous ones; the operator promises to take all."""
+    """The operator accepts incoming gradients of any strides, although autograd passes contiguous ones."""
     case = make_case("normal_1", 5, 40)
     spec = CarefConfig().row_spec(40)
     _, stats = ops.forward(case.logits, case.labels, spec, backend)

@@ -1,4 +1,4 @@
-"""K: the top-k mask of SCED: thresholds, counts and tie weights exactly, values and gradients given them."""
+"""The top-k mask of SCED: exact thresholds, counts and tie weights, and the values and gradients they give."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _mask(logits, policy, backend):
 
 
 def _exact_mask(logits, k):
-    """The same by a sort, in the dtype of the arithmetic."""
+    """The mask of a sort, in the dtype of the arithmetic."""
     values = logits.to(objective.accumulation_dtype(logits.dtype))
     return sparsity.top_k_mask(values, torch.full((len(logits), 1), k)).statistics()
 
@@ -84,7 +84,7 @@ def test_other_dtypes(backend, dtype):
 
 @pytest.mark.parametrize("k", [1, 5, 64])
 def test_reference_against_torch_topk(k):
-    """The plain composition in float64 with the indices of torch.topk, however those break ties."""
+    """The reference is the plain composition in float64 over the indices of torch.topk, however it breaks ties."""
     case = make_case("normal_3", 4, 500, torch.bfloat16, seed=7)
     leaf = case.logits.double().requires_grad_()
     p = leaf.softmax(-1)
@@ -111,7 +111,7 @@ def test_whole_row(backend, policy):
 
 
 def test_one_token(backend):
-    """SCED of the arg-max alone; two columns at the maximum share it."""
+    """With k = 1 SCED is that of the arg-max; two columns at the maximum share it."""
     logits = torch.tensor([[0.0, 3.0, 1.0, -2.0], [0.0, 3.0, 3.0, -2.0]])
     p = logits.double().softmax(-1).amax(-1)
     expected = (p * (4 * p).log()) ** 2 * (1 - p)
@@ -129,7 +129,7 @@ def test_heavy_ties(backend, k):
 
 
 def test_equal_row(backend):
-    """Every column has the weight k / V; the same bits a hundred times."""
+    """Every column has the weight k / V, bitwise identical in a hundred runs."""
     logits = torch.full((1, 200), 1.5)
     assert torch.equal(_mask(logits, TopK(10), backend), torch.tensor([[10.0, 1.5, 0.05]]))
     first = _statistics(logits, TopK(10), backend)
@@ -151,7 +151,7 @@ def test_fewer_finite_logits(backend):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_without_a_softmax(backend, value):
-    """NaN alone, and at once; no index is made of their entropy."""
+    """Such a row is NaN by itself, and no index is computed from its entropy."""
     case = make_case("normal_1", 3, 300, seed=9)
     logits = case.logits.clone()
     logits[1] = value if value == -math.inf else logits[1]
@@ -178,7 +178,7 @@ def _patterns(name, columns):
         "both_zeros": lambda: torch.where(random < 0.4, 0.0, -0.0),
         "subnormal": lambda: torch.randint(-50, 50, (columns,), generator=generator).float() * 1e-43,
         "all_exponents": lambda: random.sign() * torch.exp(40 * random).clamp(1e-44, 80),
-        # What a sample at even distances sees is nothing like the row.
+        # A sample at even distances represents such a row badly.
         "periodic": lambda: torch.where(index % 16 < 8, random, -20.0 + random),
         "clump": lambda: torch.where(index < columns // 50, random, -20 + 0.01 * random),
         "sampled_is_large": lambda: torch.where(_is_sampled(index), random, -20 + random),
@@ -187,7 +187,7 @@ def _patterns(name, columns):
 
 
 def _is_sampled(index):
-    """Near one of 128 places at even distances, where every backend looks for a row's bracket."""
+    """Whether a column is near one of the 128 evenly spaced ones from which every backend brackets the threshold."""
     distance = index.double() * 128 / len(index) % 1 * len(index) / 128
     return torch.minimum(distance, len(index) / 128 - distance) < 24
 
@@ -201,7 +201,7 @@ PATTERNS = (
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("columns", [1000, 4100, 70000])
 def test_bit_patterns(backend, name, columns):
-    """Equal to a sort in every number; -0.0 is 0.0, and subnormals are told apart."""
+    """The mask equals that of a sort: -0.0 equals 0.0, and subnormals are distinguished."""
     logits = _patterns(name, columns)[None]
     small = columns > 1000 and backend in backends.DEVICE_CHECKED
     for k in (9,) if small else sorted({1, 9, 300, columns // 2, columns - 1, columns}):
@@ -217,7 +217,7 @@ def test_bit_patterns_of_other_dtypes(backend, dtype):
 
 
 def test_entropy_to_num_kept():
-    """Twins of one rule: ceil, both clips, NaN and infinity."""
+    """The number of tokens follows from the entropy by one rule everywhere: ceil, both clips, NaN and infinity."""
     entropies = torch.tensor([0.0, 1e-12, 1.0, math.log(7), 5.0, 700.0, math.inf, math.nan, -1.0], dtype=torch.float64)
     budget = sparsity.TopKSpec(0.5, 2, 40)
     expected = [2, 2, 2, 4, 40, 40, 40, 2, 2]
@@ -227,7 +227,7 @@ def test_entropy_to_num_kept():
 
 
 def test_integer_budgets(backend):
-    """exp(H) a whole number, up to rounding: n columns at the maximum and nothing else."""
+    """With n columns at the maximum and no others exp(H) is an integer up to rounding, and k is n."""
     for n in (1, 2, 8, 1000):
         logits = torch.full((1, 1024), -200.0)
         logits[0, :n] = 2.0
@@ -250,7 +250,7 @@ def test_gradients():
 
 
 def test_columns_outside_the_mask(backend):
-    """They get the softmax's share, -p G; every row sums to zero."""
+    """Columns outside the mask have the gradient -p G of the softmax; every row sums to zero."""
     case = make_case("normal_1", 2, 500, seed=11)
     gradient = evaluate(*case, ("sced",), sparsity=TopK(20), backend=backend).gradients["sced"]
     threshold = _mask(case.logits, TopK(20), backend)[:, 1:2]
@@ -277,7 +277,7 @@ def test_order_of_columns(backend):
 
 
 def test_ragged_budgets(backend):
-    """Rows of 1 to V tokens in one batch: each gives the bits of its own call."""
+    """Rows with k from 1 to V in one batch are bitwise identical to calls of one row."""
     scale = torch.tensor([0.0, 1e-3, 0.3, 1.0, 3.0, 30.0])[:, None]
     case = make_case("normal_1", 6, 400, seed=13)
     logits = case.logits * scale
@@ -294,7 +294,7 @@ def test_ragged_budgets(backend):
 
 
 def test_calls_of_other_sizes_between(backend):
-    """Nothing is left over in the memory that a selection uses."""
+    """A selection does not depend on what a call of another size left in its working memory."""
     case = make_case("lm_like", 2, 900, seed=14)
     first = _statistics(case.logits, TopK(40), backend)
     for columns in (5, 1300, 33):
@@ -304,7 +304,7 @@ def test_calls_of_other_sizes_between(backend):
 
 
 def test_widest_rows(backend):
-    """k = 4,096 of 262,144 in bfloat16, and thousands of columns at the threshold."""
+    """The mask is exact for k = 4,096 of 262,144 in bfloat16, with thousands of columns at the threshold."""
     logits = make_case("normal_3", 2, 262144, torch.bfloat16, seed=15).logits
     logits[1] = logits[1].float().round().bfloat16()
     assert torch.equal(_mask(logits, TopK(4096), backend), _exact_mask(logits, 4096))
@@ -313,7 +313,7 @@ def test_widest_rows(backend):
 
 @pytest.mark.parametrize("policy", [TopK(7), EntropyTopK()], ids=str)
 def test_inplace_and_mask_of_rows(backend, policy):
-    """fused_sced with a mask of rows, in place: the same gradient, and 0 where a row does not count."""
+    """``fused_sced`` in place with a valid mask has the same gradient, and 0 in the rows left out."""
     case = make_case("lm_like", 4, 300, seed=16)
     valid = torch.tensor([True, False, True, True])
     gradients = []
@@ -336,13 +336,13 @@ def test_reductions_of_the_num_kept(backend):
     assert total == rows.sum()
     assert mean == total / 3
     assert caref_loss(*case, return_terms=True, backend=backend).num_kept is None
-    # Without the divergence there is nothing to mask.
+    # Without the SCED term there is nothing to mask.
     loss = caref_loss(*case, sparsity=TopK(1), lambda_sced=0.0, backend=backend)
     assert torch.equal(loss, caref_loss(*case, lambda_sced=0.0, backend=backend))
 
 
 def test_small_mask_is_a_part(backend):
-    """0 <= SCED of k tokens, not falling with k, up to SCED of all."""
+    """SCED over k tokens does not fall with k and lies between 0 and SCED over all of them."""
     case = make_case("lm_like", 3, 300, seed=18)
     values = [
         fused_sced(case.logits, sparsity=TopK(k), reduction="none", backend=backend) for k in (1, 2, 10, 100, 300)
@@ -354,7 +354,7 @@ def test_small_mask_is_a_part(backend):
 
 
 def test_backend_that_cannot_select_says_so(monkeypatch):
-    """The specification reaches ``unsupported``: an explicit choice raises, auto takes the next backend."""
+    """A backend that cannot select is refused by name, and "auto" takes the next one."""
     reference = backends.get("reference")
 
     class Dense(type(reference)):
@@ -378,7 +378,7 @@ def test_backend_that_cannot_select_says_so(monkeypatch):
 
 
 def test_dense_loss_and_composition_agree_with_the_mask_of_all():
-    """An independent value for k = V: the plain composition in float64."""
+    """For k = V the dense loss and the plain composition in float64 give the same value."""
     case = make_case("normal_3", 3, 200, torch.float64, seed=19)
     actual = evaluate(*case, ("sced",), sparsity=TopK(200), backend="reference")
     check_term("sced", actual.terms.sced, eager_terms(*case).sced)

@@ -1,4 +1,4 @@
-"""The loss inside a transformers Trainer: scaling, terms, evaluation, refusals; tiny random models, float32, CPU."""
+"""The loss in a transformers Trainer: scaling, terms, evaluation and refused trainers; tiny random models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def records_with(trainer, key: str) -> list[dict[str, float]]:
 
 
 def check_record(record: dict[str, float], prefix: str = "") -> None:
-    """The logged terms add up to the logged loss, by the defaults of the configuration."""
+    """The logged terms, weighted by the defaults of the configuration, add up to the logged loss."""
     loss, ce, sced, kl, entropy = (record[prefix + name] for name in ("loss", *TERMS))
     total = ce + CarefConfig.lambda_sced * sced + CarefConfig.lambda_kl * kl
     check_identity(torch.tensor(total), torch.tensor(loss), "float32_terms", "sum of terms")
@@ -253,7 +253,7 @@ def test_a_compute_loss_that_asks_for_it_is_served(tmp_path):
 
 
 def test_a_record_of_one_process_needs_no_other(tmp_path, monkeypatch):
-    """A figure that one rank logs by itself must not start a collective."""
+    """A record that one rank logs alone must not start a collective."""
     trainer = make_trainer("llama", tmp_path)
     attach_caref(trainer, backend=BACKEND)
     trainer.train()
@@ -265,7 +265,7 @@ def test_a_record_of_one_process_needs_no_other(tmp_path, monkeypatch):
 
 
 def test_a_callback_that_asks_for_a_record_is_served(tmp_path):
-    """The terms are collected after every callback has spoken."""
+    """The terms are collected after all callbacks, so that one of them may ask for a record."""
 
     class Asking(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -282,7 +282,7 @@ def test_a_callback_that_asks_for_a_record_is_served(tmp_path):
 
 @pytest.mark.parametrize("average", [True, False], ids=["tokens", "processes"])
 def test_terms_are_averaged_over_processes(average, tmp_path, monkeypatch):
-    """As the trainer averages its loss: scaled by the processes that share a divisor, then the mean of all."""
+    """Terms are averaged as the Trainer averages its loss: scaled by the number of processes that share a divisor."""
     trainer = make_trainer("llama", tmp_path, average_tokens_across_devices=average)
     attach_caref(trainer, backend=BACKEND)
     other = torch.tensor([[1.0, 2.0, 3.0, 4.0, 1.0]])
@@ -350,7 +350,7 @@ def test_attaching_again_replaces_the_options(tmp_path):
 
 
 def test_a_model_that_was_applied_before_trains_in_any_trainer(tmp_path):
-    """Without records, and for T5 with the mean over micro-batches that a Trainer takes of such a model."""
+    """Such a model trains without records; for T5 the Trainer takes the mean over micro-batches."""
     plain, ours = make_trainer("llama", tmp_path), make_trainer("llama", tmp_path)
     attach_caref(ours, backend=BACKEND)
     apply_caref(plain.model, backend=BACKEND)
@@ -359,7 +359,7 @@ def test_a_model_that_was_applied_before_trains_in_any_trainer(tmp_path):
 
 
 def test_adalora_keeps_its_regulariser(tmp_path):
-    """PEFT adds it to the model's loss, with and without a fused head."""
+    """PEFT's regulariser stays part of the loss, with and without a fused head."""
     losses = []
     for fuse_head, weights in ((False, (0.5, 0.0)), (False, (0.5, 1e-3)), (True, (0.5, 0.0))):
         trainer = make_trainer("llama", tmp_path)

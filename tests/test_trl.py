@@ -1,4 +1,4 @@
-"""``CarefSFTTrainer``: without regularisers it is TRL's own trainer, step for step and record for record."""
+"""Without regularisers ``CarefSFTTrainer`` equals TRL's own trainer in every step and every record."""
 
 from __future__ import annotations
 

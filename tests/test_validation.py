@@ -1,4 +1,4 @@
-"""One table of wrong calls.  Every message names the argument, its value and what is allowed."""
+"""A table of wrong calls: every message names the argument, its value and the allowed range."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ALPHA = r"alpha must be in \[1, 16\]; got {}"
 BETA = r"beta must be 0 or in \[0.1, 16\]; got {}"
 NUMBER = r"must be a Python float or int; got {}"
 ITEMS = "num_items must be 0, or finite and > 0 in float32; got "
-# Of each wrong call: the catalogue id, how to make it, what it raises and the pattern of the message.
+# How to make each wrong call, what it raises, and the pattern of the message.
 CALLS = [
     (_loss(alpha=0.5), ValueError, ALPHA.format("0.5") + r" \(for alpha < 1 the gradient is infinite"),
     (_sced(alpha=0.999), ValueError, ALPHA.format("0.999")),
@@ -199,7 +199,7 @@ def test_boundaries_are_allowed(backend):
 
 
 def test_backend_that_cannot_run():
-    """An explicit choice raises with its reason and the ones that could; nothing falls back."""
+    """An explicit choice that cannot run raises with its reason and the backends that could; nothing falls back."""
     meta = torch.zeros(2, 5, device="meta")
     for name in backends.ORDER:
         reason = backends.get(name).unsupported(meta)

@@ -175,7 +175,7 @@ def gradients_of(model: torch.nn.Module, loss: torch.Tensor):
 
 
 def check_same(actual, expected) -> None:
-    """Two results of :func:`gradients_of`; gradients are measured against the largest of the model."""
+    """Compare two results of :func:`gradients_of`; errors are relative to the largest gradient of the model."""
     check_identity(actual[0], expected[0], "float32_terms")
     assert actual[1].keys() == expected[1].keys()
     scale = max(gradient.norm() for gradient in expected[1].values())

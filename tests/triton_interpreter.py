@@ -64,7 +64,7 @@ FEW: dict[str, dict[str, object]] = {
     "test_regimes": {"regime": "tied_maxima"},
     "test_schedules_of_logits": {"name": "alpha"},
     "test_schedules_of_heads": {"name": "lambdas"},
-    "test_a_number_of_items_that_nobody_reads": {"function": "caref_loss"},
+    "test_a_number_of_items_that_is_not_read": {"function": "caref_loss"},
     "test_no_row_and_no_item": {"kind": "int"},
     "test_value_and_gradients": {"dtype": torch.bfloat16},
     "test_options": {"regime": "lm_like", "options": {"alpha": 1.5, "beta": 0.5}},

@@ -257,7 +257,7 @@ ROWS = [
         "no items taken for no row, or a gradient of NaN",
         AUTOGRAD,
         "num_items",
-        "nobody_reads",
+        "not_read",
         ("no-items-divide-the-gradient", "divided(grad, divisor) if", "grad / divisor if"),
     ),
     *mutants(
@@ -272,7 +272,7 @@ ROWS = [
         "no items taken for no row, or a gradient of NaN",
         OPS,
         "num_items",
-        "nobody_reads",
+        "not_read",
         ("terms-of-weight-0-added", "term if weight else torch", "term if True else torch"),
         (
             "no-items-are-no-number",
