@@ -80,6 +80,17 @@ def test_maxima_on_several_ranks(backend):
         check_split(logits, torch.tensor([2, 61, 299, 100]), [50, 170], backend, str(options), **options)
 
 
+@pytest.mark.parametrize("options", [{"sparsity": TopK(9)}, {"sparsity": EntropyTopK(k_min=5)}], ids=str)
+def test_a_mask_over_fewer_finite_columns_than_k(backend, options):
+    """Columns of -inf are never in a mask, whether a rank has some finite columns or none; k is the finite ones."""
+    logits, labels = make_case("normal_3", 5, 60, seed=11)
+    logits = logits.clone()
+    logits[:, 20:] = -math.inf  # two of three ranks
+    logits[0, 1:] = logits[1, 4:] = -math.inf
+    logits[2, 3:19] = -math.inf
+    check_split(logits, logits.argmax(-1), [20, 40], backend, str(options), **options)
+
+
 def test_rows_without_a_softmax(backend):
     """NaN, +inf, or nothing but -inf: that row is NaN on every rank, the others stay as they are."""
     case = make_case("lm_like", 7, 60, seed=6)
