@@ -1,4 +1,4 @@
-"""What each process of test_vocab_parallel.py does with DTensors: what a message says is done, and is right."""
+"""The DTensor checks of each process of test_vocab_parallel.py: the advice of every error message works."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS, COLUMNS, FEATURES = 8, 50, 6
 
 
 def run(rank: int, world: int, store: str) -> None:
-    """All checks of one process; an error of any ends them all."""
+    """Run all checks of one process; an error in any process ends them all."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -46,7 +46,7 @@ def run(rank: int, world: int, store: str) -> None:
 
 
 def refused(call: Callable[[], object], name: str, advice: str) -> None:
-    """The call is refused with this advice, which is not to do the same again."""
+    """Check that the call is refused with this advice, and that the advice is another call."""
     with pytest.raises(TypeError, match=re.escape(advice)) as caught:
         call()
     assert str(caught.value).startswith(f"{name} is a DTensor, placed [")
@@ -71,7 +71,7 @@ def spread(tensor: Tensor, mesh: DeviceMesh, *placements) -> DTensor:
 
 
 def check(loss: Tensor, leaf: DTensor, expected: Tensor, gradient: Tensor, is_part: bool = False) -> None:
-    """The loss, summed over the ranks where each has a part, and the whole gradient of a leaf."""
+    """Check the loss, summed over the ranks where each has a part, and the whole gradient of a leaf."""
     loss.backward()
     value = loss.detach().clone()
     if is_part:
@@ -167,7 +167,7 @@ def check_hidden(mesh: DeviceMesh) -> None:
 
 
 def check_rows(mesh: DeviceMesh) -> None:
-    """Labels, masks and numbers of items."""
+    """Check labels, valid masks and numbers of items that are DTensors."""
     logits, labels, hidden, weight = case()
     expected, _ = exact(logits, labels=labels)
     whole, parts = (distribute_tensor(labels, mesh, [placement]) for placement in (Replicate(), Shard(0)))
@@ -214,7 +214,7 @@ def check_fully_shard(mesh: DeviceMesh) -> None:
 
 
 def check_two_dimensions(mesh: DeviceMesh) -> None:
-    """Rows over the first dimension of the mesh, columns over the second."""
+    """Check a mesh with rows over its first dimension and columns over its second."""
     logits, labels, hidden, weight = case()
     expected, (gradient,) = exact(logits, labels=labels)
     items = int((labels != -100).sum())

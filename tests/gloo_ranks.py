@@ -1,4 +1,4 @@
-"""What each process of test_vocab_parallel.py does: the public functions over gloo, against float64 on one rank."""
+"""The checks of each process of test_vocab_parallel.py: the public functions over gloo, against float64 on one rank."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from caref_kernels import (
 from caref_kernels.testing import check_gradient, check_identity, make_case, oracle
 
 ROWS, COLUMNS, FEATURES = 13, 203, 8
-# Uneven by far, and for 4 ranks one without any column.
+# Shards of very different sizes; with 4 ranks one has no column.
 SIZES = {2: [3, 200], 3: [100, 1, 102], 4: [50, 0, 103, 50]}
 
 
 def run(rank: int, world: int, store: str) -> None:
-    """All checks of one process; an error of any ends them all."""
+    """Run all checks of one process; an error in any process ends them all."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -49,7 +49,7 @@ def run(rank: int, world: int, store: str) -> None:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, int]]]:
-    """Every exchange inside the block, and its bytes."""
+    """The collectives that run inside the block, each with its bytes."""
     calls: list[tuple[str, int]] = []
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
@@ -110,7 +110,7 @@ def check_logits(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
 
 
 def check_part(gradient, whole, columns: slice, label: str) -> None:
-    """This rank's columns of a gradient, held to the budgets as part of the whole row."""
+    """Check this rank's columns of a gradient within the tolerances of whole rows."""
     rest = whole.clone().to(gradient.dtype)
     rest[:, columns] = gradient
     check_gradient(rest, whole, label=label)
@@ -150,7 +150,7 @@ def check_head(columns: slice, shard: VocabShard, dtype: torch.dtype) -> None:
 
 
 def check_counts(columns: slice, shard: VocabShard) -> None:
-    """One MAX and one SUM, nothing in the backward; the head adds one SUM of the gradient of hidden."""
+    """The forward takes one MAX and one SUM, the backward nothing; a head adds one SUM of the gradient of hidden."""
     logits, labels = case_of(torch.float32)
     local = logits[:, columns].clone().requires_grad_()
     with recorded() as calls:
@@ -187,7 +187,7 @@ def check_dtensor(world: int) -> None:
 
 
 def check_same_columns(world: int) -> None:
-    """Whole logits, or a whole head, on every rank: an error on all of them, from the exchange that there is anyway."""
+    """Whole logits, or a whole head, on every rank are an error on all ranks, without a further exchange."""
     logits, labels = case_of(torch.float32)
     for whole in (logits, logits.bfloat16(), logits.view(1, *logits.shape)):
         with recorded() as calls, pytest.raises(ValueError, match=f"taken for {world} x {COLUMNS} columns"):
@@ -197,7 +197,7 @@ def check_same_columns(world: int) -> None:
     hidden, weight = (torch.randn(size, FEATURES, generator=generator) for size in (ROWS, COLUMNS))
     with pytest.raises(ValueError, match=r"look like whole logits \(or a whole head\).*pass a VocabShard"):
         linear_caref_loss(hidden, weight, labels, shard=dist.group.WORLD)
-    # What is no such mistake: said to be meant, labels beyond, nothing to tell the ranks apart by, other numbers.
+    # These are no such mistake: a VocabShard, a label beyond the columns, constant or ignored rows, different values.
     meant = VocabShard.gather(COLUMNS)
     beyond = torch.where(labels == 202, 203, labels)
     for part, targets, group in (
@@ -215,7 +215,7 @@ def check_same_columns(world: int) -> None:
 
 
 def check_refusals(columns: slice, shard: VocabShard) -> None:
-    """On every rank alike, and before anything is exchanged."""
+    """Wrong calls raise on every rank alike, before anything is exchanged."""
     logits, labels = case_of(torch.float32)
     local, wrong = logits[:, columns], labels.clone()
     wrong[0] = COLUMNS

@@ -1,4 +1,4 @@
-"""Ranks as threads: what they exchange goes through a list, so that a split needs no processes."""
+"""Ranks as threads, which exchange values through a list, so that a split needs no processes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def in_threads(size: int, function: Callable[[int], Any]) -> list[Any]:
 
 
 def evaluate_split(logits: Tensor, labels: Tensor, cuts: list[int], backend: str, parts: list[list[float]], **options):
-    """(terms of rank 0, gradients of all columns for each weighting in ``parts``, the exchanges of the forward)."""
+    """(terms of rank 0, gradients of all columns for each weighting in ``parts``, the collectives of the forward)."""
     config = CarefConfig(**{"return_terms": True} | options)
     spec = config.row_spec(logits.size(1)).for_columns(logits.size(1))
     shards, starts = logits.tensor_split(cuts, 1), [0, *cuts]

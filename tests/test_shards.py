@@ -58,7 +58,7 @@ def test_options(backend, regime, options):
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(rows=row_sets(dtypes=(torch.float64,)), data=st.data())
 def test_any_split(rows, data):
-    """Any number of ranks from 1 to 4, any cut points, empty shards, on rows that hypothesis chooses."""
+    """A row split at any points over 1 to 4 ranks, some of them empty, gives the result of the whole row."""
     logits, labels, backend = rows
     cuts = sorted(data.draw(st.lists(st.integers(0, logits.size(1)), max_size=3)))
     whole, (gradient,), _ = evaluate_split(logits, labels, [], backend, [PARTS["loss"]])
@@ -72,7 +72,7 @@ def test_any_split(rows, data):
 
 
 def test_maxima_on_several_ranks(backend):
-    """The same maximum two times on one rank and once on each other one; the label is one of them, or elsewhere."""
+    """Several ranks may hold the maximum, one of them twice, and the label may be at a maximum or elsewhere."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(4, 300, generator=generator)
     logits[:, [2, 60, 61, 299]] = logits.max() + 3
@@ -92,7 +92,7 @@ def test_a_mask_over_fewer_finite_columns_than_k(backend, options):
 
 
 def test_rows_without_a_softmax(backend):
-    """NaN, +inf, or nothing but -inf: that row is NaN on every rank, the others stay as they are."""
+    """A row with NaN, with +inf, or of -inf only is NaN on every rank; the other rows are unchanged."""
     case = make_case("lm_like", 7, 60, seed=6)
     spoiled = case.logits.clone()
     spoiled[1, 5] = math.nan
@@ -113,7 +113,7 @@ def test_rows_without_a_softmax(backend):
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3, 59])
 def test_ignored_rows(backend, ignore_index):
-    """Also where the ignored label is a column of some rank, and where a label's local number equals it."""
+    """Rows are ignored by their global label, also if it is a column or equals another label's local column."""
     case = make_case("lm_like", 6, 60, seed=7)
     logits, labels = case.logits.clone(), torch.tensor([3, 23, 43, 0, 59, 20])
     labels[1] = labels[4] = ignore_index
@@ -143,7 +143,7 @@ def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index):
 
 @pytest.mark.parametrize("label", [60, -1, 2**40])
 def test_label_out_of_range(backend, label):
-    """Refused before anything is exchanged: no rank waits for another."""
+    """The label is refused before anything is exchanged, so no rank waits for another."""
     case = make_case("lm_like", 3, 60, seed=8)
     labels = case.labels.clone()
     labels[2] = label
@@ -163,7 +163,7 @@ def test_label_out_of_range(backend, label):
     ids=str,
 )
 def test_exchanges_and_their_bytes(options, bytes_per_row):
-    """What DESIGN.md states: 4 + 80 bytes per row for the defaults."""
+    """The bytes per row are those that the documents state: 4 + 80 for the defaults."""
     rows = 11
     calls = evaluate_split(*make_case("lm_like", rows, 60, seed=9), [20, 40], "reference", [], **options)[2]
     assert calls == [(kind, size * rows) for kind, size in bytes_per_row]

@@ -1,4 +1,4 @@
-"""The losses of a sharded vocabulary over gloo, on 2, 3 and 4 processes; one start of each does every check."""
+"""The losses of a sharded vocabulary over gloo, on 2, 3 and 4 processes; each start runs every check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ dtensor_ranks = pytest.importorskip("dtensor_ranks", reason="needs torch built w
 
 @pytest.fixture(scope="module")
 def _server():
-    """A process that has imported everything, from which the ranks are forked: they start in milliseconds."""
+    """A process that has imported everything; ranks are forked from it in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["gloo_ranks", "dtensor_ranks"])
