@@ -202,24 +202,25 @@ class Runner:
         self._trees: Queue[Tree] = Queue()
         for index in range(workers):
             self._trees.put(Tree(folder / f"worker{index}"))
-        self._limits: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
-    def check(self, module: str) -> None:
-        """Run the tests of ``module`` without a mutant: they must pass, and their time is the measure of a hang."""
+    def check(self, name: str) -> None:
+        """Run one file of tests without a mutant: it must pass, and its time is the measure of a hang."""
         tree, start = self._trees.get(), time.perf_counter()
-        code, output = tree.test(_arguments(module))
+        code, output = tree.test(_arguments(name))
         self._trees.put(tree)
         if code != 0:
-            raise SystemExit(f"the tests of {module} fail without a mutant:\n{output[-2000:]}")
-        self._limits[module] = 60 + 3 * (time.perf_counter() - start)
+            raise SystemExit(f"tests/test_{name}.py fails without a mutant:\n{output[-2000:]}")
+        self._seconds[name] = time.perf_counter() - start
 
     def run(self, change: Change) -> dict[str, object]:
         """The result of one change."""
         tree, start = self._trees.get(), time.perf_counter()
-        module = change.path.removeprefix(PACKAGE)
+        tests = _tests_of(change)
         text = tree.plant(change)
         try:
-            code, output = tree.test(_arguments(module), limit=self._limits[module])
+            limit = 60 + 3 * sum(self._seconds[name] for name in tests)
+            code, output = tree.test(_arguments(*tests), limit=limit)
         finally:
             tree.restore(change, text)
             self._trees.put(tree)
@@ -230,9 +231,12 @@ class Runner:
         return row | {"verdict": "killed" if code else "survived", "by": by if code else "", "seconds": seconds}
 
 
-def _arguments(module: str) -> list[str]:
-    files = [f"tests/test_{name}.py" for name in TESTS[module].split()]
-    return [*files, "-k", "not emulated and not triton"]
+def _tests_of(change: Change) -> list[str]:
+    return TESTS[change.path.removeprefix(PACKAGE)].split()
+
+
+def _arguments(*names: str) -> list[str]:
+    return [*(f"tests/test_{name}.py" for name in names), "-k", "not emulated and not triton"]
 
 
 def run(changes: list[Change], workers: int, again: bool, results: Path = RESULTS) -> list[dict[str, object]]:
@@ -244,7 +248,7 @@ def run(changes: list[Change], workers: int, again: bool, results: Path = RESULT
     results.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(workers) as pool:
         runner = Runner(Path(folder), min(workers, len(left)))
-        list(pool.map(runner.check, sorted({change.path.removeprefix(PACKAGE) for change in left})))
+        list(pool.map(runner.check, sorted({name for change in left for name in _tests_of(change)})))
         for row in pool.map(runner.run, left):
             known[row["key"]] = row
             with results.open("a", encoding="utf-8") as file:
