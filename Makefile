@@ -69,7 +69,7 @@ bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and 
 	$(PY) -m benchmarks.measure_sparse $(ARGS) && $(PY) -m benchmarks.report
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
-mutants: $(READY)  ## plant known mistakes in copies of the tree; fails if the suite misses one (45 minutes)
+mutants: $(READY)  ## apply known mistakes to copies of the tree; fails if the suite misses one (45 minutes)
 	cd tests && $(PY) -m mutants.runner $(ARGS)
 random-mutants: $(READY)  ## the same with 200 edits drawn at random from the Python of the core and the integrations (hours)
 	cd tests && $(PY) -m mutants.random_mutants $(ARGS)

@@ -32,12 +32,12 @@ class Mutant(NamedTuple):
 
     @property
     def needs_build(self) -> bool:
-        """Of the extension; the tests themselves compile what the emulation of CUDA runs."""
+        """Whether the extension must be built; the emulation of CUDA is compiled by its tests."""
         return self.is_compiled and not self.path.startswith("csrc/cuda/")
 
     @property
     def is_interpreted(self) -> bool:
-        """By Triton; the tests of launches compile instead."""
+        """Whether its tests run under Triton's interpreter; the tests of launches compile instead."""
         return self.path.startswith("caref_kernels/backends/triton/") and "triton_launches" not in self.files
 
     @property

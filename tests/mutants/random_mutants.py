@@ -1,4 +1,4 @@
-"""Tests of the tests, with mistakes that nobody chose: random edits of the Python of the core and the integrations.
+"""Mutation tests with mistakes that nobody chose: random edits of the Python of the core and the integrations.
 
     make random-mutants                                200 mutants of seed 0; hours on two cores
     make random-mutants ARGS="--count 40 --module config --module sparsity"
@@ -217,7 +217,7 @@ class Runner:
         """The result of one change."""
         tree, start = self._trees.get(), time.perf_counter()
         tests = _tests_of(change)
-        text = tree.plant(change)
+        text = tree.apply(change)
         try:
             limit = 60 + 3 * sum(self._seconds[name] for name in tests)
             code, output = tree.test(_arguments(*tests), limit=limit)

@@ -1,4 +1,4 @@
-"""Tests of the tests: plant known mistakes in a copy of the tree, one at a time, and see whether the suite notices.
+"""Mutation tests: apply known mistakes to a copy of the tree, one at a time, and check that the suite fails.
 
     make mutants                      every mutant; about 45 minutes on two cores
     make mutants ARGS=--list          their names, files and tests
@@ -34,19 +34,19 @@ from .patches_linear import LINEAR
 from .patches_sparsity import SPARSE
 from .patches_triton import TRITON
 
-# Those that need no compiler come first, so that none of them meets the extension of another mutant.
+# Mutants that need no compiler come first, so that none of them runs with the extension of another mutant.
 _ALL = [*PYTHON, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "caref_kernels", "csrc", "examples", "tests")
 WORKERS = 2
-TEST_TIMEOUT = 300  # seconds; a mutant that hangs is a mutant that is noticed
+TEST_TIMEOUT = 300  # seconds; a mutant that hangs is killed
 # Builds three times faster, and -O1 still contracts to fused multiply-adds, as the kernels expect.
 BUILD_FLAGS = ("-O3 ", "-O1 ")
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: ``verdict`` is killed, survived or unfair, ``detail`` the killing test or the reason."""
+    """The result of a mutant: ``verdict`` is killed, survived or unfair, ``detail`` the killing test or the reason."""
 
     mutant: Mutant
     verdict: str
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 class Tree:
-    """A copy of the project in which one mutant at a time is planted, built and tested."""
+    """A copy of the project in which one mutant at a time is applied, built and tested."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,8 +68,8 @@ class Tree:
         environment = dict(os.environ, PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
         self._environment = {**environment, "MAX_JOBS": "1", "CAREF_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
 
-    def plant(self, mutant: Mutant) -> str:
-        """Write the mistake; the text before it, to be given to ``restore``."""
+    def apply(self, mutant: Mutant) -> str:
+        """Write the mistake; returns the original text, to be given to ``restore``."""
         source = self.path / mutant.path
         text = source.read_text(encoding="utf-8")
         source.write_text(mutant.applied(text), encoding="utf-8")
@@ -79,7 +79,7 @@ class Tree:
         (self.path / mutant.path).write_text(text, encoding="utf-8")
 
     def build(self) -> str | None:
-        """Compile the extension; the last line of the compiler's complaint, or ``None``."""
+        """Compile the extension; returns the first error of the compiler, or ``None``."""
         if not self._is_built:
             script = self.path / "setup.py"
             script.write_text(script.read_text(encoding="utf-8").replace(*BUILD_FLAGS), encoding="utf-8")
@@ -114,7 +114,7 @@ class Tree:
 
 
 class Trial:
-    """Workers that try mutants, and the unpatched tree that says whether a failure is the mutant's doing."""
+    """Workers that try mutants, and the unpatched tree in which the failing test must pass."""
 
     def __init__(self, folder: Path, mutants: list[Mutant]) -> None:
         self._clean = Tree(folder / "clean")
@@ -142,7 +142,7 @@ class Trial:
         return Outcome(mutant, verdict, detail, time.perf_counter() - start)
 
     def _try(self, tree: Tree, mutant: Mutant) -> tuple[str, str]:
-        original = tree.plant(mutant)
+        original = tree.apply(mutant)
         try:
             error = tree.build() if mutant.needs_build else None
             return ("unfair", f"does not compile: {error}") if error else self._judge(tree, mutant)
