@@ -50,7 +50,7 @@ def test_an_ignored_row_is_never_right(backend):
     assert out.accuracy == 0
 
 
-def test_heads_report_it_too(backend):
+def test_heads_report_the_same_accuracy(backend):
     torch.manual_seed(0)
     hidden, weight = torch.randn(ROWS, 8), torch.randn(COLUMNS, 8)
     logits = hidden @ weight.t()

@@ -60,7 +60,7 @@ def test_second_derivative_of_the_reference(alpha, beta):
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.25, -1.0, 3.0, 1 / 7, 0.0])
-def test_scaled_loss(backend, factor):
+def test_scaled_loss_scales_the_gradient(backend, factor):
     case = make_case("lm_like", 4, 300, seed=1)
     for reduction in ("mean", "sum"):
         leaf = case.logits.clone().requires_grad_()
@@ -74,7 +74,7 @@ def test_scaled_loss(backend, factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_gradient_per_row(backend, dtype):
+def test_gradient_per_row_follows_its_incoming_gradient(backend, dtype):
     """Each row has its own incoming gradient, 0 and negative ones among them."""
     case = make_case("lm_like", 6, 300, dtype, seed=2)
     weights = torch.tensor([1.0, 0.0, -2.5, 0.3, -0.7, 11.0])
@@ -137,7 +137,7 @@ def test_second_derivative_through_the_incoming_gradient(fused_backend):
         gradient.square().sum().backward()
 
 
-def test_without_gradient(backend):
+def test_nothing_is_saved_without_gradient(backend):
     case = make_case("lm_like", 4, 300, seed=5)
     leaf = case.logits.clone().requires_grad_()
     expected = caref_loss(leaf, case.labels, backend=backend).detach()
@@ -213,7 +213,7 @@ def test_second_use_of_overwritten_logits(backend):
         loss.backward()
 
 
-def test_two_losses_on_the_same_logits(backend):
+def test_gradients_of_two_losses_on_the_same_logits_add_up(backend):
     case = make_case("lm_like", 4, 300, seed=9)
     leaf = case.logits.clone().requires_grad_()
     total = caref_loss(leaf, case.labels, backend=backend) + 3 * fused_sced(leaf, reduction="sum", backend=backend)
@@ -222,7 +222,7 @@ def test_two_losses_on_the_same_logits(backend):
     check_gradient(leaf.grad, exact["loss"] / 4 + 3 * exact["sced"])
 
 
-def test_expanded_logits(backend):
+def test_expanded_logits_get_the_sum_over_their_copies(backend):
     row = make_case("lm_like", 1, 300, seed=10).logits
     labels = torch.tensor([3, 1, 4, 1])
     leaf = row.clone().requires_grad_()
@@ -232,7 +232,7 @@ def test_expanded_logits(backend):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(backend, use_reentrant):
+def test_checkpoint_gives_the_same_gradient(backend, use_reentrant):
     case = make_case("lm_like", 4, 300, seed=11)
     plain, recomputed = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(plain * 2, case.labels, backend=backend).backward()
@@ -242,7 +242,7 @@ def test_checkpoint(backend, use_reentrant):
     assert torch.equal(plain.grad, recomputed.grad)
 
 
-def test_hooks_and_anomaly_mode(backend):
+def test_hooks_fire_under_anomaly_mode(backend):
     case = make_case("lm_like", 4, 300, seed=12)
     leaf = case.logits.clone().requires_grad_()
     fired = []
@@ -253,7 +253,7 @@ def test_hooks_and_anomaly_mode(backend):
     assert fired == [("hook", leaf.shape), ("accumulated", leaf.shape)]
 
 
-def test_forward_and_backward_in_different_threads(backend):
+def test_forward_and_backward_may_run_in_different_threads(backend):
     case = make_case("lm_like", 4, 300, seed=13)
     here, there = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(here, case.labels, backend=backend).backward()
@@ -287,7 +287,7 @@ def test_nothing_is_kept_alive(backend, return_terms):
         gc.enable()
 
 
-def test_saved_tensor_hooks(backend):
+def test_saved_tensor_hooks_may_replace_what_is_saved(backend):
     case = make_case("lm_like", 4, 300, seed=14, ignored=1)
     plain, offloaded = (case.logits.clone().requires_grad_() for _ in range(2))
     caref_loss(plain, case.labels, backend=backend).backward()

@@ -124,7 +124,7 @@ def test_other_arguments_compile(backend):
         _assert_same(_run(step, case, torch.tensor(items)), _run(compiled, case, torch.tensor(items)))
 
 
-def test_dynamic_shapes(backend):
+def test_dynamic_shapes_compile_at_most_three_times(backend):
     """Ten shapes, of other rows and then of other columns, take at most two recompilations."""
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -161,7 +161,7 @@ def test_second_backward(backend):
     assert torch.equal(first, _run(step, case)[-1])
 
 
-def test_logits_used_after_the_loss(backend):
+def test_logits_used_after_the_loss_keep_their_value(backend):
     """Logits that are returned or overwritten later keep their value: the gradient needs memory of its own."""
 
     def step(logits, labels):
@@ -177,7 +177,7 @@ def test_logits_used_after_the_loss(backend):
     assert torch.equal(compiled[1], case.logits)
 
 
-def test_export(backend):
+def test_export_keeps_the_operator(backend):
     """The exported program contains the operator, gives the same value, and has a dynamic number of rows."""
     case = make_case("lm_like", 4, 50, seed=6, ignored=1)
     module = CarefLoss(backend=backend)
@@ -189,7 +189,7 @@ def test_export(backend):
         assert torch.equal(program.module()(*other), module(*other))
 
 
-def test_requires_grad_changes_after_tracing(backend):
+def test_requires_grad_may_change_after_tracing(backend):
     def step(logits, labels):
         return caref_loss(logits, labels, backend=backend)
 

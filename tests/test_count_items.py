@@ -77,6 +77,6 @@ def test_options_are_checked(options, error, message):
         count_items(ROWS, **options)
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks_count_together(tmp_path):
     counting_ranks = pytest.importorskip("counting_ranks", reason="needs torch built with distributed")
     torch.multiprocessing.spawn(counting_ranks.run, args=(2, str(tmp_path / "store")), nprocs=2)

@@ -45,7 +45,7 @@ def test_number_of_threads(fused_backend, shape, dtype):
                 assert torch.equal(one, other), threads
 
 
-def test_run_to_run(backend):
+def test_results_are_identical_run_to_run(backend):
     case = make_case("lm_like", 33, 1025, seed=2, ignored=3)
     expected = _results(case, backend)
     for _ in range(5):
@@ -64,7 +64,7 @@ def test_row_does_not_depend_on_the_other_rows(fused_backend):
             assert torch.equal(gradient, whole.gradients[part][row : row + 1]), part
 
 
-def test_process_to_process(fused_backend):
+def test_results_are_identical_process_to_process(fused_backend):
     program = f"""{PREAMBLE}
 import sys, torch
 from caref_kernels.testing import evaluate, make_case

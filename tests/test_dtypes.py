@@ -35,7 +35,7 @@ def test_float64_stays_float64(backend, regime):
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits(backend, dtype, regime):
+def test_sixteen_bits_are_rounded_once(backend, dtype, regime):
     """The arithmetic is float32: terms are as accurate as for float32 logits, gradients are rounded once."""
     case = make_case(regime, 4, 5000, dtype, seed=2, ignored=1)
     check_evaluation(evaluate(*case, backend=backend), oracle(*case), evaluate_eager(*case), f"{regime} {dtype}")
@@ -136,7 +136,7 @@ def test_flushed_denormals(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("into", [torch.float16, torch.bfloat16, torch.float64])
-def test_incoming_gradient_of_another_dtype(backend, dtype, into):
+def test_incoming_gradient_may_have_another_dtype(backend, dtype, into):
     """Where the caller casts the loss, the incoming gradient has that dtype; the result has that of the logits."""
     case = make_case("lm_like", 4, 300, dtype, seed=9)
     leaf = case.logits.clone().requires_grad_()

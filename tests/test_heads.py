@@ -50,7 +50,7 @@ def test_a_fused_head_has_the_loss_and_gradients_of_the_logits(kind):
 
 
 @pytest.mark.parametrize("family", tiny_heads.FAMILIES)
-def test_further_families(family):
+def test_heads_of_further_families_have_the_same_loss(family):
     """The model's own logits have the loss; the fused head has the loss and every gradient of these logits."""
     model = tiny_heads.make_family(family)
     inputs, labels = tiny_heads.batch(model)
@@ -69,7 +69,7 @@ def test_further_families(family):
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "t5", "bart", "llama"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_heads_in_16_bits(kind, dtype):
+def test_heads_in_16_bits_are_accurate(kind, dtype):
     model = tiny_heads.make(kind)
     inputs, labels = tiny_heads.batch(model)
     model = model.to(dtype)
@@ -115,7 +115,7 @@ def test_evaluation_and_generation_are_untouched(kind):
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 @pytest.mark.parametrize("first", ["peft", "caref"])
 @pytest.mark.parametrize("saved", [False, True], ids=["frozen", "modules_to_save"])
-def test_under_peft_in_either_order(kind, first, saved):
+def test_heads_are_fused_under_peft_in_either_order(kind, first, saved):
     """LoRA below a frozen head, or with a trained copy of the head, applied before or after the loss."""
 
     def adapted(model):
@@ -149,7 +149,7 @@ def test_under_peft_in_either_order(kind, first, saved):
     assert model(**inputs).logits.size(-1) == tiny_heads.VOCABULARY
 
 
-def test_two_adapters_with_heads_of_their_own():
+def test_two_adapters_may_have_heads_of_their_own():
     """A pass has the loss of the adapter's head that it used, also if another adapter ran since."""
     base = tiny_heads.make("llama")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])

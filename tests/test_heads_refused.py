@@ -33,7 +33,7 @@ class DTensor(nn.Parameter):
     """A tensor subclass with the name of the distributed one."""
 
 
-def test_weights_that_are_elsewhere():
+def test_weights_that_are_elsewhere_are_refused():
     """A weight that is not here is refused, also if it went after the loss was applied."""
     model = tiny_heads.make("llama")
     inputs, labels = tiny_heads.batch(model)
@@ -44,7 +44,7 @@ def test_weights_that_are_elsewhere():
             loss_of(model, inputs, labels)
 
 
-def test_heads_that_are_more_than_their_weight():
+def test_heads_that_are_more_than_their_weight_are_refused():
     check_head(nn.Linear(4, 9))
     with pytest.raises(ValueError, match=r"got Embedding; leave fuse_head False"):
         check_head(nn.Embedding(9, 4))

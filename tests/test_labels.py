@@ -197,7 +197,7 @@ except ValueError:
 @pytest.mark.parametrize("num_items", [None, 7])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_row_ignored(backend, dtype, reduction, num_items):
+def test_every_row_ignored_is_a_mean_over_nothing(backend, dtype, reduction, num_items):
     if num_items is not None and reduction != "mean":
         num_items = None
     leaf = torch.randn(3, 11).to(dtype).requires_grad_()
@@ -215,7 +215,7 @@ def test_every_row_ignored(backend, dtype, reduction, num_items):
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("mean", torch.tensor(math.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(0))]
 )
-def test_no_rows(backend, reduction, expected):
+def test_no_rows_give_an_empty_gradient(backend, reduction, expected):
     for shape in ((0, 7), (2, 0, 7)):
         leaf = torch.zeros(shape, requires_grad=True)
         labels = torch.zeros(shape[:-1], dtype=torch.long)
@@ -326,7 +326,7 @@ def test_ignore_index_that_int32_labels_cannot_hold(backend, ignore_index, reduc
     check_identity(narrow, rows if reduction == "none" else rows.mean(), "float32_terms")
 
 
-def test_shapes(backend):
+def test_shapes_with_two_leading_dimensions_equal_the_flattened_call(backend):
     """Logits (B, T, V) with labels (B, T) give the result of the flattened call."""
     case = make_case("lm_like", 6, 40, seed=7, ignored=1)
     flat = evaluate(*case, backend=backend)

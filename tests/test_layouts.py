@@ -144,7 +144,7 @@ def _label_layouts():
 
 
 @pytest.mark.parametrize("layout", _label_layouts())
-def test_label_layouts(backend, layout):
+def test_label_layouts_change_nothing(backend, layout):
     labels = _label_layouts()[layout]
     logits = _values((2, 3, 33), torch.float32)
     strided = evaluate(logits, labels, ("loss",), backend=backend)
@@ -153,7 +153,7 @@ def test_label_layouts(backend, layout):
     assert torch.equal(strided.gradients["loss"], dense.gradients["loss"])
 
 
-def test_mask_layouts(backend):
+def test_mask_layouts_change_nothing(backend):
     logits = _values((2, 3, 33), torch.float32)
     mask = torch.tensor([[1, 1], [0, 1], [1, 0]]).t()
     strided = fused_sced(logits, valid=mask, reduction="none", backend=backend)
@@ -161,7 +161,7 @@ def test_mask_layouts(backend):
     assert torch.equal(strided != 0, mask != 0)
 
 
-def test_parameter_is_a_tensor(backend):
+def test_parameter_is_accepted_as_a_tensor(backend):
     parameter = torch.nn.Parameter(_values((4, 33), torch.float32).clone())
     labels = torch.tensor([0, 1, 2, 3])
     assert torch.equal(caref_loss(parameter, labels, backend=backend).detach(),

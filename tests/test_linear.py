@@ -199,7 +199,7 @@ def test_only_requested_gradients_exist(backend, wanted):
                 check_identity(getattr(problem, name).grad, expected, "float32_gradient", name)
 
 
-def test_tied_embedding(backend):
+def test_tied_embedding_gets_the_gradients_of_both_uses(backend):
     """The weight is an embedding and the head: its gradient is the sum over both uses."""
     problem = make_problem(12, 50, 8, seed=6, bias=False, ignored=3)
     tokens = torch.arange(12)
@@ -308,7 +308,7 @@ def test_sparsity(backend, sparsity, reduction):
     check_gradients(problem, *pair)
 
 
-def test_module_and_leading_dimensions():
+def test_module_equals_the_function_for_any_leading_dimensions():
     problem = make_problem(seed=9)
     shaped = problem.hidden.detach()[:36].view(3, 3, 4, -1).requires_grad_()
     labels = problem.labels[:36].view(3, 3, 4)

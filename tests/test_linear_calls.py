@@ -58,7 +58,7 @@ NAMES = [case[2][:40] for case in CALLS]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), CALLS, ids=NAMES)
-def test_wrong_calls(call, error, message):
+def test_wrong_calls_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

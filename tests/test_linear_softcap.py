@@ -73,7 +73,7 @@ def test_gradcheck(backend, form):
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "hidden weight", "hidden bias", ""])
 @pytest.mark.parametrize("form", [Form(0.5), Form(0.5, 3.0)], ids=["scale", "cap"])
-def test_frozen_weights_and_constant_biases(backend, wanted, form):
+def test_frozen_weights_and_constant_biases_get_no_gradient(backend, wanted, form):
     problem = make_problem(seed=3)
     expected_loss, expected = exact(problem, form)
     for name in ("hidden", "weight", "bias"):
@@ -115,7 +115,7 @@ def test_a_cap_rounds_nothing_in_16_bits(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_saturated_caps(backend, dtype):
+def test_saturated_caps_keep_their_gradients(backend, dtype):
     """Gradients survive logits of 5 to 11 times the cap, where 1 - tanh^2 in float32 would be 0 or one rounding."""
     problem = make_problem(bias=False, ignored=0, dtype=dtype, seed=5)
     with torch.no_grad():  # logits of 5 to 11 of either sign
@@ -240,7 +240,7 @@ def test_chunks_of_real_heads(shape, dtype, trains, expected):
     assert linear_chunks.auto_chunk_rows(rows, Head(*tensors, 1.0, 30.0), trains) == expected
 
 
-def test_module():
+def test_module_equals_the_function():
     problem = make_problem(seed=8)
     module = LinearCarefLoss(logit_scale=0.5, softcap=3.0, chunk_rows=8, lambda_kl=0.3)
     loss = linear_caref_loss(*problem, logit_scale=0.5, softcap=3.0, chunk_rows=8, lambda_kl=0.3)
@@ -266,7 +266,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), WRONG, ids=[str(options) for options, *_ in WRONG])
-def test_wrong_options(options, error, message):
+def test_wrong_options_are_refused(options, error, message):
     for call in (lambda: linear_caref_loss(*make_problem(), **options), lambda: LinearCarefLoss(**options)):
         with pytest.raises(error, match=message):
             call()

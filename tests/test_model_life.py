@@ -129,7 +129,7 @@ def test_accelerate_may_wrap_and_unwrap_the_forward(fuse_head):
 
 @FORMS
 @pytest.mark.parametrize("first", ["dispatch", "caref"])
-def test_a_device_map_of_accelerate(fuse_head, first):
+def test_a_device_map_of_accelerate_keeps_the_loss(fuse_head, first):
     """The hooks of a device map, which replace the forward of every module, keep the loss."""
     accelerate = pytest.importorskip("accelerate")
     model = tiny_heads.make("llama")
@@ -167,7 +167,7 @@ class Distilled(nn.Module):
 
 
 @FORMS
-def test_models_inside_of_one_another(fuse_head):
+def test_models_inside_of_one_another_have_their_own_losses(fuse_head):
     student, inputs, labels = applied("llama", fuse_head)
     teacher = copy.deepcopy(student)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_nothing_outlives_a_pass_that_fails(kind, fuse_head, error, place):
 
 
 @FORMS
-def test_threads_do_not_meet(fuse_head):
+def test_threads_have_passes_of_their_own(fuse_head):
     model, inputs, labels = applied("llama", fuse_head)
     batches = [(inputs["input_ids"].roll(step, -1), labels.roll(step, -1)) for step in range(6)]
     expected = [model(input_ids=tokens, labels=targets).loss.detach() for tokens, targets in batches]
@@ -241,7 +241,7 @@ def test_threads_do_not_meet(fuse_head):
 @FORMS
 @KINDS
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensors", "reentrant"])
-def test_checkpointing(kind, fuse_head, use_reentrant):
+def test_checkpointing_gives_the_same_gradients(kind, fuse_head, use_reentrant):
     model, inputs, labels = applied(kind, fuse_head)
     expected = gradients_of(model, model(**inputs, labels=labels).loss)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -262,7 +262,7 @@ def test_checkpointing(kind, fuse_head, use_reentrant):
 
 @FORMS
 @KINDS
-def test_a_retained_graph_and_two_losses(kind, fuse_head):
+def test_a_retained_graph_and_two_losses_give_the_same_gradients(kind, fuse_head):
     model, inputs, labels = applied(kind, fuse_head)
     expected = gradients_of(model, model(**inputs, labels=labels).loss)
     loss = model(**inputs, labels=labels).loss

@@ -61,7 +61,7 @@ def test_num_items_in_batch_divides(kind, fuse_head, number):
 
 @FORMS
 @KINDS
-def test_a_batch_without_a_label(kind, fuse_head):
+def test_a_batch_without_a_label_has_the_loss_0_or_nan(kind, fuse_head):
     """The loss is 0 with a zero gradient in training, and NaN in evaluation, as torch's cross-entropy is."""
     model, inputs, labels = applied(kind, fuse_head)
     nothing = torch.full_like(labels, -100)
@@ -100,7 +100,7 @@ def test_packed_sequences_are_not_scored_across_their_boundaries(fuse_head):
 
 @FORMS
 @KINDS
-def test_outputs_as_a_tuple_and_positional_inputs(kind, fuse_head):
+def test_outputs_as_a_tuple_and_positional_inputs_are_supported(kind, fuse_head):
     model, inputs, labels = applied(kind, fuse_head)
     outputs = model(**inputs, labels=labels)
     as_tuple = model(**inputs, labels=labels, return_dict=False)
@@ -139,7 +139,7 @@ def test_a_label_that_is_no_column_is_an_error(fuse_head):
 
 @FORMS
 @KINDS
-def test_terms_of_a_pass(kind, fuse_head):
+def test_terms_of_a_pass_are_those_of_its_logits(kind, fuse_head):
     model, inputs, labels = applied(kind, fuse_head)
     with record_terms() as outer:
         with record_terms() as passes:
@@ -161,7 +161,7 @@ def test_terms_of_a_pass(kind, fuse_head):
 @FORMS
 @KINDS
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-def test_a_compiled_model_in_one_graph(kind, fuse_head):
+def test_a_compiled_model_is_one_graph(kind, fuse_head):
     torch._dynamo.reset()
     model, inputs, labels = applied(kind, fuse_head)
     expected = gradients_of(model, model(**inputs, labels=labels).loss)
@@ -262,7 +262,7 @@ def test_options_are_checked(options, error, message):
     assert "_caref" not in vars(model)
 
 
-def test_models_that_cannot_have_the_loss():
+def test_models_that_cannot_have_the_loss_are_refused():
     with pytest.raises(TypeError, match="model must be a transformers model, or a wrapper of one; got Sequential"):
         apply_caref(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="got int"):
@@ -336,7 +336,7 @@ def test_a_model_that_makes_its_logits_without_its_head_is_not_fused():
         apply_caref(model, fuse_head=True)
 
 
-def test_the_loss_function_by_itself():
+def test_the_loss_function_by_itself_is_the_loss_of_its_logits():
     """Called on logits it is the loss; with a fused head it raises, because no forward pass is running."""
     model, inputs, labels = applied("llama", False)
     logits = model(**inputs).logits

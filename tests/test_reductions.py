@@ -30,7 +30,7 @@ def test_reductions_agree(backend):
         check_identity(mean, getattr(exact, name).sum() / 7, "float32_terms", name)
 
 
-def test_mean_of_fused_sced(backend):
+def test_mean_of_fused_sced_divides_by_the_valid_rows(backend):
     logits = make_case("lm_like", 6, 300, seed=2).logits
     valid = torch.tensor([True, False, True, True, False, True])
     rows = fused_sced(logits, valid=valid, reduction="none", backend=backend)
@@ -49,7 +49,7 @@ def test_gradient_of_each_reduction(backend, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_output_dtype(backend, dtype, reduction):
+def test_output_dtype_is_float32_or_float64(backend, dtype, reduction):
     case = make_case("normal_1", 3, 20, dtype)
     out = caref_loss(*case, reduction=reduction, return_terms=True, backend=backend)
     expected = torch.float64 if dtype == torch.float64 else torch.float32

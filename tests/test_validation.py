@@ -175,7 +175,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("call", "error", "pattern"), [pytest.param(*row, id=str(i)) for i, row in enumerate(CALLS)])
-def test_wrong_call(call, error, pattern):
+def test_wrong_call_names_argument_value_and_range(call, error, pattern):
     with pytest.raises(error, match=pattern) as caught:
         call()
     assert caught.type is error
@@ -183,7 +183,7 @@ def test_wrong_call(call, error, pattern):
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_nested_logits(layout):
+def test_nested_logits_are_refused(layout):
     nested = torch.nested.nested_tensor([torch.zeros(2, 5), torch.zeros(1, 5)], layout=layout)
     with pytest.raises(TypeError, match="logits: expected a dense torch.Tensor"):
         caref_loss(nested, LABELS, backend="reference")
@@ -198,7 +198,7 @@ def test_boundaries_are_allowed(backend):
         assert torch.isfinite(caref_loss(LOGITS, LABELS, backend=backend, **options)), options
 
 
-def test_backend_that_cannot_run():
+def test_backend_that_cannot_run_is_an_error():
     """An explicit choice that cannot run raises with its reason and the backends that could; nothing falls back."""
     meta = torch.zeros(2, 5, device="meta")
     for name in backends.ORDER:
@@ -233,7 +233,7 @@ IN_PLACE = "leaf", "expanded", "strided columns", "4-D that does not collapse", 
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_inplace_backward_where_it_cannot(backend, name):
+def test_inplace_backward_where_it_cannot_is_refused(backend, name):
     base = torch.zeros(2, 3, 4, 10, requires_grad=True)
     pairs = torch.zeros(4, 10, dtype=torch.complex64)
     logits, pattern = {
