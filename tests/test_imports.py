@@ -74,12 +74,14 @@ with warnings.catch_warnings(record=True) as caught:
     messages = [str(w.message) for w in caught]
 if len(messages) != 1 or "plain-PyTorch reference" not in messages[0]:
     sys.exit(f"expected one warning, got {messages}")
+if caught[0].filename != __file__:
+    sys.exit(f"the warning names {caught[0].filename} instead of the caller's file")
 """
 
 
 def test_pure_python_installation():
     """Without the compiled module everything works on the reference, which says once that it is slow."""
-    run = _python(WITHOUT_COMPILED)
+    run = _python("__file__ = '<string>'" + WITHOUT_COMPILED)
     assert run.returncode == 0, run.stderr
 
 
@@ -137,14 +139,14 @@ def _tree(path: Path) -> ast.Module:
 # What each module imports from the package: the arrows of DESIGN.md, by top-level module.  ``caref_kernels`` stands for
 # the public names, which is all that the integrations and the harness use.
 ARROWS: dict[str, set[str]] = {
-    "__init__.py": {"backends", "config", "functional", "fused_linear", "modules", "sparsity", "vocab_parallel"},
-    "autograd.py": {"backends", "config", "linear_chunks", "ops", "shards"},
-    "backends/__init__.py": {"backends", "config"},
+    "__init__.py": {"backends", "config", "distributed", "functional", "linear", "modules", "sparsity"},
+    "autograd.py": {"backends", "ops"},
+    "backends/__init__.py": {"backends", "config", "distributed"},
     "backends/compiled.py": {"_C", "config"},
     "backends/cpu.py": {"backends", "config", "objective"},
     "backends/cuda.py": {"backends", "config", "objective"},
     "backends/devices.py": set(),
-    "backends/reference.py": {"config", "objective"},
+    "backends/reference.py": {"checks", "config", "distributed", "objective"},
     "backends/triton/__init__.py": {"backends", "config", "objective"},
     "backends/triton/backward.py": {"backends"},
     "backends/triton/forward.py": {"backends"},
@@ -152,35 +154,35 @@ ARROWS: dict[str, set[str]] = {
     "backends/triton/rows.py": set(),
     "backends/triton/select.py": {"backends"},
     "backends/triton/tiling.py": set(),
-    "checks.py": {"backends", "dtensors", "objective"},
+    "checks.py": {"distributed", "objective"},
     "config.py": {"sparsity"},
     "demo": {"caref_kernels", "harness"},
-    "dtensors.py": set(),
-    "functional.py": {"autograd", "backends", "checks", "config", "dtensors", "objective", "sparsity"},
-    "fused_linear.py": {"autograd", "backends", "checks", "config", "functional", "objective", "sparsity"},
+    "distributed/__init__.py": set(),
+    "distributed/collectives.py": set(),
+    "distributed/dtensors.py": set(),
+    "distributed/local_stats.py": {"config", "objective"},
+    "distributed/shard.py": {"backends", "checks", "config", "distributed", "objective", "sparsity"},
+    "functional.py": {"autograd", "backends", "checks", "config", "distributed", "objective", "ops", "sparsity"},
     "gpucheck": {"backends", "caref_kernels", "config", "ops", "testing"},
     "harness": {"caref_kernels", "demo", "integrations"},
     "integrations": {"caref_kernels"},
-    "linear_chunks.py": {"backends", "config", "objective", "partial_rows"},
-    "modules.py": {"config", "functional", "fused_linear"},
-    "objective.py": {"config", "sparsity"},
-    "ops.py": {"backends", "config", "linear_chunks", "objective"},
-    "partial_rows.py": {"config", "objective"},
-    "shards.py": {"backends", "config", "objective", "partial_rows", "sparsity"},
-    "sparsity.py": set(),
-    "testing": {"config", "functional", "objective", "sparsity"},
-    "vocab_parallel.py": {
+    "linear.py": {
         "autograd",
-        "backends",
         "checks",
         "config",
-        "dtensors",
+        "distributed",
         "functional",
-        "fused_linear",
+        "linear_chunks",
         "objective",
-        "shards",
+        "ops",
         "sparsity",
     },
+    "linear_chunks.py": {"checks", "config", "distributed", "objective", "ops"},
+    "modules.py": {"config", "distributed", "functional", "linear"},
+    "objective.py": {"config", "sparsity"},
+    "ops.py": {"backends", "config", "objective"},
+    "sparsity.py": set(),
+    "testing": {"config", "functional", "objective", "sparsity"},
 }
 PUBLIC_ONLY = ("demo", "harness", "integrations")
 NOT_IN_THE_PACKAGE = {"benchmarks", "examples", "tests", "tools"}

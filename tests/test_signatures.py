@@ -17,34 +17,31 @@ from caref_kernels.config import HeadOptions, RowSpec
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
 LOSS = {**ROW, "lambda_sced": 0.1, "lambda_kl": 0.1, "ignore_index": -100, "reduction": "mean", "return_terms": False}
 ITEMS = {"num_items": None}
+SHARD = {"shard": None}
 IN_PLACE = {"inplace_backward": False}
-HEAD = {"logit_scale": 1.0, "softcap": None, "chunk_rows": None}
+HEAD = {"logit_scale": 1.0, "softcap": None, "chunk_rows": None, "reduce_hidden_grad": True}
 CORE = {
     "CarefConfig": {**LOSS, **IN_PLACE},
     "CarefConfig.row_spec": {},
     "CarefLoss": {"config": None},
-    "CarefLoss.forward": ITEMS,
-    "CarefOutput": {"accuracy": None, "support": None},
+    "CarefLoss.forward": {**ITEMS, **SHARD},
+    "CarefOutput": {"accuracy": None, "num_kept": None},
     "EntropyTopK": {"scale": 1.0, "k_min": 1, "k_max": None},
-    "EntropyTopK.budget": {},
+    "EntropyTopK.top_k_spec": {},
     "LinearCarefLoss": {"config": None, **HEAD},
     "LinearCarefLoss.extra_repr": {},
-    "LinearCarefLoss.forward": {"bias": None, **ITEMS},
+    "LinearCarefLoss.forward": {"bias": None, **ITEMS, **SHARD},
     "SCEDLoss": {"config": None},
     "SCEDLoss.forward": {"valid": None, **ITEMS},
     "TopK": {},
-    "TopK.budget": {},
+    "TopK.top_k_spec": {},
     "VocabShard": {},
     "VocabShard.gather": {"group": None, "device": "cpu"},
     "VocabShard.of_dtensor": {},
-    "caref_loss": {**LOSS, **ITEMS, **IN_PLACE},
+    "caref_loss": {**LOSS, **ITEMS, **IN_PLACE, **SHARD},
     "explain": {"logits": None},
     "fused_sced": {**ROW, "valid": None, "reduction": "mean", **ITEMS, **IN_PLACE},
-    "linear_caref_loss": {**LOSS, **ITEMS, **HEAD, "bias": None},
-    "vocab_parallel_caref_loss": {**LOSS, **ITEMS, **IN_PLACE, "group": None},
-    "vocab_parallel_linear_caref_loss": {
-        **LOSS, **ITEMS, **HEAD, "group": None, "local_bias": None, "reduce_hidden": True,
-    },
+    "linear_caref_loss": {**LOSS, **ITEMS, **HEAD, **SHARD, "bias": None},
 }  # fmt: skip
 APPLY = {"config": None, "fuse_head": False, "probe_batch": None}
 TRANSFORMERS = {
