@@ -25,7 +25,7 @@ STRICT = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn
 _REGISTER_FILE = 65_536
 _MOST_REGISTERS = 255
 # Launches of fewer threads, whose registers no other block waits for.
-_UNBOUND = ("merge_kernel", "add_kernel")
+_UNBOUND = ("combine_kernel", "combine_sced_kernel")
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -70,7 +70,7 @@ def register_limit(kernel: Kernel, unit: str, blocks: dict[str, int]) -> int:
     if "row_kernel" in kernel.name and "ILi4ELi2E" in kernel.name:
         wanted = blocks["many sums"]
     threads = blocks["threads"]
-    if "mask_kernel" in kernel.name:
+    if "topk_kernel" in kernel.name:
         threads = blocks["mask threads"]
         wanted = 1 if "Float64" in unit or "AnyExponents" in kernel.name else blocks["mask"]
     return _REGISTER_FILE // (threads * wanted) // 8 * 8
@@ -82,9 +82,9 @@ def launch_bounds() -> dict[str, int]:
     reduce = (ROOT / "csrc" / "cuda" / "reduce.cuh").read_text(encoding="utf-8")
     kinds = re.search(r"kBlocks = sizeof\(T\) == 8 \? (\d) : (\d);", launch)
     many = re.search(r"kForwardBlocks = Kind::kMoments > 12 \? (\d) :", launch)
-    threads = re.search(r"kMostThreads = (\d+);", reduce)
-    mask_threads = re.search(r"kMaskThreads = (\d+);", launch)
-    mask = re.search(r"kMaskBlocks = sizeof\(T\) == 8 \|\| !Kind::kOnePass \? 1 : (\d);", launch)
+    threads = re.search(r"kMaxThreads = (\d+);", reduce)
+    mask_threads = re.search(r"kTopKThreads = (\d+);", launch)
+    mask = re.search(r"kTopKBlocks = sizeof\(T\) == 8 \|\| !Kind::kOnePass \? 1 : (\d);", launch)
     return {
         "float64": int(kinds.group(1)),
         "float32": int(kinds.group(2)),

@@ -1,9 +1,10 @@
-// The Python module caref_kernels._C, and the only file that sees pybind11: a plain struct of raw
-// pointers and sizes comes in, the GIL is released while kernels run, a C++ error goes out as an
-// exception.  Tensors, their dtypes and their shapes are checked in Python.
+// The Python module caref_kernels._C; the only file that includes pybind11.  Python passes a plain
+// struct of raw pointers and sizes.  The GIL is released while kernels run, and C++ errors become
+// Python exceptions.  Python has checked the tensors, their dtypes and their shapes.
 //
-// setup.py defines CAREF_CUDA_ARCHITECTURES if it builds the CUDA half.  The tests build a module
-// with that half alone, which runs on the host, and define CAREF_WITHOUT_CPU.
+// setup.py defines CAREF_CUDA_ARCHITECTURES if it builds the CUDA kernels.  The tests build a
+// module that has only the CUDA kernels and runs on the host; for that they define
+// CAREF_WITHOUT_CPU.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -39,7 +40,7 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-// What a caller could get wrong with raw sizes; Python has checked everything that has a tensor.
+// Checks the sizes and pointers of a call; Python has checked everything that concerns a tensor.
 void check(const RowParams& params, bool is_backward) {
   require(params.outer_rows >= 0 && params.inner_rows >= 0, "rows must be >= 0");
   if (params.rows() == 0) return;
@@ -82,8 +83,8 @@ void run_forward(const RowParams& params) {
 
 void run_backward(const RowParams& params) {
   check(params, true);
-  check_labels(
-      params);  // again: the labels may have changed since the forward, and they form addresses
+  // The labels may have changed since the forward, and addresses are computed from them.
+  check_labels(params);
   const py::gil_scoped_release release;
   caref::cpu::run(kernels.backward, params);
 }
@@ -101,7 +102,8 @@ void bind_cpu(py::module_& module) {
   module.def("backward", &run_backward, "Gradient of every row.");
   module.def("instruction_set", [] { return std::string(kernels.instruction_set); });
   module.def("use_instruction_set", &use_instruction_set,
-             "Choose the kernels by instruction set, '' for the best; for tests and benchmarks.");
+             "Select the kernels by instruction set ('' selects the best one); for tests and "
+             "benchmarks.");
 }
 
 #else
@@ -155,11 +157,7 @@ void bind_cuda(py::module_& module) { module.attr("CUDA_ARCHITECTURES") = ""; }
 
 #endif
 
-}  // namespace
-
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled kernels of caref_kernels; see csrc/.";
-
+void bind_params(py::module_& module) {
   py::class_<RowParams> params(module, "RowParams", py::module_local());
   params.def(py::init<>())
       .def_readwrite("outer_rows", &RowParams::outer_rows)
@@ -206,19 +204,28 @@ PYBIND11_MODULE(_C, module) {
   dtypes["torch.int64"] = static_cast<int>(DType::kInt64);
   dtypes["torch.bool"] = static_cast<int>(DType::kBool);
   module.attr("DTYPES") = dtypes;
+}
 
-  bind_cpu(module);
-  bind_cuda(module);
-
-  // Twins of objective.py, for the test that compares them on a grid.
-  py::module_ twins = module.def_submodule("row_math", "The row formulas, in float64.");
-  twins.def("log_ratio_offset", &caref::log_ratio_offset);
-  twins.def("entropy", &caref::entropy);
-  twins.def("row_support", &caref::row_support);
-  twins.def("sced_density", [](double p, double log_ratio, double q, double alpha, double beta) {
+// The counterparts of objective.py, for the test that compares them on a grid.
+void bind_formulas(py::module_& module) {
+  py::module_ formulas = module.def_submodule("row_math", "The row formulas, in float64.");
+  formulas.def("log_ratio_offset", &caref::log_ratio_offset);
+  formulas.def("entropy", &caref::entropy);
+  formulas.def("row_num_kept", &caref::row_num_kept);
+  formulas.def("sced_density", [](double p, double log_ratio, double q, double alpha, double beta) {
     return caref::sced_density(p, log_ratio, q, caref::Exponents(alpha, beta));
   });
-  twins.def("sced_slope", [](double p, double log_ratio, double q, double alpha, double beta) {
+  formulas.def("sced_slope", [](double p, double log_ratio, double q, double alpha, double beta) {
     return caref::sced_slope<double>(p, log_ratio, q, caref::Exponents(alpha, beta));
   });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of caref_kernels; see csrc/.";
+  bind_params(module);
+  bind_cpu(module);
+  bind_cuda(module);
+  bind_formulas(module);
 }

@@ -1,14 +1,14 @@
-// What is decided once per row or call, alike on CPU and GPU: whether a row counts and where its
-// label is, and which kind of kernel the exponents need.
+// Decisions that are made once per row or per call, for the CPU and the GPU alike: whether a row is
+// valid, where its label is, and which kind of kernel the exponents need.
 #pragma once
 
 #include "row_math.h"
 
 namespace caref {
 
-// The label of a row, or how it counts.
+// Whether a row is valid (not left out by ignore_index or by a valid mask), and its label.
 struct Target {
-  bool counts;
+  bool is_valid;
   bool has_label;
   int64_t label;
 };
@@ -30,15 +30,15 @@ CAREF_HD Target target_of(const RowParams& params, int64_t row) {
   return {label != params.ignore_index, true, label};
 }
 
-// The SCED exponents for which the forward takes one pass; elsewhere the expansion of (1-p)^B and
-// (y-c)^A into powers cancels more digits than float32 elements carry.
+// The SCED exponents for which the forward takes one pass over the row.  For other exponents the
+// expansion of (1-p)^B and (y-c)^A into powers would cancel more digits than float32 elements have.
 template <int A, int B>
 struct EvenExponents {
   static constexpr bool kOnePass = true;
   static constexpr bool kSced = true;
   using Sums = Moments<A, B>;
   static constexpr int kMoments = Sums::kCount;
-  // Constants, so that the compiler leaves real powers out.
+  // These are compile-time constants, so the compiler emits no code for fractional powers.
   static CAREF_HD Exponents exponents(const RowParams&) {
     constexpr Exponents kExponents(A, B);
     return kExponents;
@@ -62,28 +62,29 @@ struct NoSced {
   }
 };
 
-// A kind whose SCED is over the top k alone.
+// A kind whose SCED sums only the columns of the row's top-k mask.
 template <typename Kind>
-struct Masked : Kind {};
+struct TopKMasked : Kind {};
 template <typename Kind>
-constexpr bool kIsMasked = false;
+constexpr bool kIsTopKMasked = false;
 template <typename Kind>
-constexpr bool kIsMasked<Masked<Kind>> = true;
+constexpr bool kIsTopKMasked<TopKMasked<Kind>> = true;
 
-// The sums of a row, or of a part of it, relative to its maximum; the arg-max column is left out.
+// The sums of a row, or of a part of its columns, relative to the maximum of those columns.  The
+// arg-max column is excluded.
 template <typename Kind>
 struct PartialSums {
-  double residual = 0.0;      // sum e^y; NaN poisons the row
+  double residual = 0.0;      // sum e^y; a NaN here makes the whole row NaN
   double first_moment = 0.0;  // sum e^y y
 
-  // The maximum rises by -delta: everything is seen from the new one, and the old maximum, which
-  // was left out, joins.
+  // Moves the sums to a maximum that is larger by -delta, and readmits the column of the old
+  // maximum, which had been excluded.
   CAREF_HD void raise(double delta) {
     if (delta > -700.0) {
       const double scale = exp(delta);
       first_moment = scale * (first_moment + delta * residual + delta);
       residual = scale * (residual + 1.0);
-    } else {  // nothing is left of it: no product of 0 with a huge power of delta
+    } else {  // e^delta underflows; multiplying 0 by a huge power of delta could give NaN
       residual = residual != residual ? residual : 0.0;
       first_moment = 0.0;
     }
@@ -106,7 +107,8 @@ struct PartialSums<EvenExponents<A, B>> : PartialSums<NoSced> {
   }
 };
 
-// Calls visitor(kind) with the kind of kernel that the exponents of `params` need.
+// Calls visitor(kind) with the kind of kernel that the exponents of `params` need.  The pairs are
+// those of tiling.ONE_PASS_EXPONENTS in Python; a test compares the two lists.
 template <typename Visitor>
 void visit_exponents(const RowParams& params, Visitor visitor) {
   if (!params.with_sced) return visitor(NoSced{});

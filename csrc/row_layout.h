@@ -1,11 +1,13 @@
-// What crosses the boundary between Python and the kernels: one plain struct of pointers, sizes and
-// strides, and the order of the columns that the kernels write.  No torch header anywhere in csrc/.
+// The interface between Python and the kernels: one plain struct of pointers, sizes and strides,
+// and the order of the columns that the kernels write.  No file in csrc/ includes a torch header,
+// so one build works with every version of torch.
 #pragma once
 
 #include <cstdint>
 
-// Host and device, and always inlined: the CPU kernels are compiled once per instruction set, and
-// an out-of-line copy of a shared function would be merged across them by the linker.
+// Shared functions run on host and device and are always inlined.  The CPU kernels are compiled
+// once per instruction set, and the linker would keep a single out-of-line copy for all of them,
+// which might use instructions that the machine does not have.
 #if defined(__CUDACC__)
 #define CAREF_UNROLL _Pragma("unroll")
 #else
@@ -21,21 +23,22 @@
 namespace caref {
 
 enum class DType : int32_t {
-  kNone = 0,  // no targets: every row counts
+  kNone = 0,  // no targets: every row is valid
   kFloat32 = 1,
   kFloat64 = 2,
   kBFloat16 = 3,
   kFloat16 = 4,
   kInt32 = 5,
   kInt64 = 6,
-  kBool = 7,  // a mask of the rows that count, one byte each
+  kBool = 7,  // a valid mask: one byte per row, 0 leaves the row out
 };
 
-// Columns of the row terms, (N, 3); twins of objective.TERMS.
+// Columns of the row terms, (N, 3); counterparts of objective.TERMS.
 enum Term : int { kCe = 0, kSced = 1, kKl = 2, kNumTerms = 3 };
 
-// Columns of the row statistics, (N, 5); twins of objective.STATISTICS.  The maximum m, its first
-// column a, r = sum over v != a of exp(z_v - m), ybar = sum p (z - m), G = sum over v != a of p f'.
+// Columns of the row statistics, (N, 5); counterparts of objective.STATISTICS: the maximum m, the
+// first column a that holds it, r = sum over v != a of exp(z_v - m), ybar = sum p (z - m), and G =
+// sum over v != a of p f'.
 enum Statistic : int {
   kMaximum = 0,
   kArgmax = 1,
@@ -45,19 +48,20 @@ enum Statistic : int {
   kNumStatistics = 5
 };
 
-// Further columns of rows with a mask, (N, 8) in all; twins of objective.MASK_STATISTICS.  k, the
-// k-th largest logit, and (k - n_gt) / n_eq.
-enum MaskStatistic : int {
-  kSupport = kNumStatistics + 0,
+// Additional columns when SCED has a top-k mask, (N, 8) in all; counterparts of the additional
+// statistics in objective.py: the number k of kept tokens, the k-th largest logit, and the weight
+// (k - n_gt) / n_eq of each column that equals it.
+enum TopKStatistic : int {
+  kNumKept = kNumStatistics + 0,
   kThreshold = kNumStatistics + 1,
   kTieWeight = kNumStatistics + 2,
-  kNumMaskedStatistics = kNumStatistics + 3
+  kNumTopKStatistics = kNumStatistics + 3
 };
 
-// Row i of the N = outer_rows * inner_rows rows lies at
-//   (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride   elements from `logits`,
-// its columns next to one another.  Terms and statistics are contiguous, in float (double for
-// double logits).  grad_logits may be the logits themselves.
+// Row i of the N = outer_rows * inner_rows rows starts
+//   (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride
+// elements after `logits`, and its columns are contiguous.  Terms and statistics are contiguous, in
+// float (double for double logits).  grad_logits may alias logits.
 struct RowParams {
   const void* logits = nullptr;
   DType logits_dtype = DType::kFloat32;
@@ -75,8 +79,8 @@ struct RowParams {
   double beta = 1.0;
   int64_t vocab_size = 0;
   bool with_sced = true;
-  // k = ceil(k_scale exp(H)) clipped to [k_min, k_max], which are in [1, columns]; k_min = 0 for no
-  // mask.
+  // Top-k mask: k = ceil(k_scale exp(H)) clipped to [k_min, k_max], both in [1, columns]. k_min = 0
+  // means that there is no mask.
   double k_scale = 0.0;
   int64_t k_min = 0;
   int64_t k_max = 0;
@@ -93,9 +97,9 @@ struct RowParams {
 
   int32_t threads = 1;
 
-  CAREF_HD bool is_masked() const { return k_min > 0; }
+  CAREF_HD bool has_topk_mask() const { return k_min > 0; }
   CAREF_HD int64_t num_statistics() const {
-    return is_masked() ? int64_t{kNumMaskedStatistics} : int64_t{kNumStatistics};
+    return has_topk_mask() ? int64_t{kNumTopKStatistics} : int64_t{kNumStatistics};
   }
   CAREF_HD int64_t rows() const { return outer_rows * inner_rows; }
   CAREF_HD int64_t logits_offset(int64_t row) const {

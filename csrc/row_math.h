@@ -1,5 +1,6 @@
-// Row formulas, twins by name of caref_kernels/objective.py: see there for the derivation.  Written
-// once for scalars, SIMD vectors (csrc/cpu/lanes.h) and CUDA threads.
+// The row formulas.  Each function is the counterpart of the function with the same name in
+// caref_kernels/objective.py, whose docstring has the derivation.  The templates are written once
+// for scalars, SIMD vectors (csrc/cpu/lanes.h) and CUDA threads.
 #pragma once
 
 #include <cmath>
@@ -8,12 +9,14 @@
 
 namespace caref {
 
-// r below this counts as one-hot: SCED is its limit and has no gradient.  Twin of ONE_HOT_RESIDUAL.
+// A row whose r is below this limit is treated as one-hot: SCED is its limit value and has no
+// gradient.  Counterpart of objective.ONE_HOT_RESIDUAL.
 CAREF_HD bool is_one_hot(float residual) { return residual < 1e-37f; }
 CAREF_HD bool is_one_hot(double residual) { return residual < 1e-290; }
 
-// An exponent split into whole + fraction: x^whole is exact to a few roundings however large it is,
-// and x^fraction, through log and exp, cannot magnify the error of the logarithm.
+// An exponent split into a whole part and a fraction.  x^whole is a product, accurate to a few
+// roundings for any size of the exponent.  Only x^fraction goes through log and exp, and a fraction
+// below 1 does not magnify the error of the logarithm.
 struct Exponent {
   int whole;
   double fraction;
@@ -22,7 +25,8 @@ struct Exponent {
       : whole(static_cast<int>(value)), fraction(value - static_cast<int>(value)) {}
 };
 
-// |x|, sgn(x) and x^fraction of a number type; csrc/cpu/lanes.h specialises it for vectors.
+// |x|, sgn(x) and x^fraction for one arithmetic type.  csrc/cpu/lanes.h specialises it for SIMD
+// vectors and csrc/cuda/splits.cuh for float on the GPU.
 template <typename X>
 struct Ops;
 
@@ -46,7 +50,7 @@ CAREF_HD X power(X x, Exponent exponent) {
   return result;
 }
 
-// alpha, alpha - 1 and beta, split once per call.
+// alpha, alpha - 1 and beta, each split into whole part and fraction once per call.
 struct Exponents {
   double alpha_value;
   double beta_value;
@@ -66,8 +70,9 @@ CAREF_HD double log_ratio_offset(double residual, double vocab_size) {
 // H = log1p(r) - ybar.
 CAREF_HD double entropy(double residual, double mean_shift) { return log1p(residual) - mean_shift; }
 
-// k of a row: its budget; twin of sparsity.row_support.  NaN gives k_min.
-CAREF_HD int64_t row_support(double entropy, double k_scale, int64_t k_min, int64_t k_max) {
+// The number k of tokens that the top-k mask of a row asks for, from the row's entropy; counterpart
+// of sparsity.row_num_kept.  A NaN entropy gives k_min.
+CAREF_HD int64_t row_num_kept(double entropy, double k_scale, int64_t k_min, int64_t k_max) {
   const double wanted = ceil(k_scale * exp(entropy));
   if (!(wanted > static_cast<double>(k_min))) return k_min;
   return wanted < static_cast<double>(k_max) ? static_cast<int64_t>(wanted) : k_max;
@@ -90,7 +95,8 @@ CAREF_HD X sced_slope(X p, X log_ratio, X q, const Exponents& exponents) {
   return exponents.beta_value == 0.0 ? slope : slope * power(q, exponents.beta);
 }
 
-// f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
+// f' for even alpha = A and integer beta = B.  Because A is even, (p|L|)^(A-1) sgn(L) = (pL)^(A-1),
+// and no absolute value or sign is needed.
 template <int A, int B, typename V>
 CAREF_HD V even_slope(V p, V log_ratio) {
   const V t = p * log_ratio;
@@ -110,11 +116,13 @@ CAREF_HD constexpr int binomial(int n, int k) {
   return value;
 }
 
-// One pass over the row for even alpha = A and integer beta = B.  With A_{k,j} the sum over v != a
-// of e^{k y} y^j, and M_{k,j} that of p^k L^j, the binomial theorem gives
-//   SCED  = sum_b (-1)^b C(B,b)   M_{A+b,A}                               (without the arg-max
-//   column) G     = sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]
-// The sums do not depend on c, so one pass suffices, and they merge under a change of the maximum.
+// The moments that make one pass over the row enough for even alpha = A and integer beta = B.  Let
+// A_{k,j} be the sum over v != a of e^{k y} y^j, and M_{k,j} the sum of p^k L^j.  The binomial
+// theorem gives, without the arg-max column,
+//   SCED = sum_b (-1)^b C(B,b)  M_{A+b,A}
+//   G    = sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]
+// The A_{k,j} do not depend on c, which is known only at the end of the row, so one pass is enough;
+// and the sums of two parts of a row can be combined although their maxima differ.
 template <int A, int B>
 struct Moments {
   static constexpr int kAlpha = A;
@@ -127,7 +135,7 @@ struct Moments {
     for (int i = 0; i < kCount; ++i) sum[i] = 0.0;
   }
 
-  // The maximum rises: y becomes y + delta, delta <= 0; `e` is e^delta.
+  // Moves the sums to a larger maximum: y becomes y + delta with delta <= 0; `e` is e^delta.
   CAREF_HD void shift(double delta, double e) {
     double scale = 1.0;
     for (int k = 1; k < A; ++k) scale *= e;
@@ -146,7 +154,7 @@ struct Moments {
     }
   }
 
-  // One more element with this y and e^y.
+  // Adds one element with this y and e^y.
   CAREF_HD void add(double y, double e) {
     double power = 1.0;
     for (int k = 1; k < A; ++k) power *= e;
@@ -169,7 +177,7 @@ struct Moments {
   }
 
   CAREF_HD double sced(double c, double d) const {
-    const double inverse_d = 1.0 / d;  // once: divisions are slow on a GPU
+    const double inverse_d = 1.0 / d;  // one division, because float64 divisions are slow on a GPU
     double value = 0.0;
     for (int b = 0; b <= B; ++b) {
       value += (b % 2 ? -1.0 : 1.0) * binomial(B, b) * centred(b, A, c, inverse_d);
@@ -189,9 +197,9 @@ struct Moments {
   }
 };
 
-// What one row's backward needs in registers, made once per row from its statistics.  c is rounded
-// to T here, in the forward and in the backward alike: G must belong to the c that the elements
-// use, or near-uniform rows lose three digits of their gradient.
+// The constants that the elements of one row need, computed once per row from its statistics.  Both
+// the forward and the backward round c to T here: G must be formed with the same c that the
+// elements use, or the gradient of near-uniform rows loses three digits.
 template <typename T>
 struct RowConstants {
   double residual;

@@ -1,5 +1,6 @@
-// From the sums of a row to what is stored, and from what is stored to what its gradient needs:
-// once per row and in double, alike on CPU and GPU.
+// The arithmetic that is done once per row, in double, for the CPU and the GPU alike: from the sums
+// of a row to the stored terms and statistics, and from the stored statistics to the constants of
+// the gradient.
 #pragma once
 
 #include "row_kinds.h"
@@ -9,7 +10,8 @@ namespace caref {
 constexpr double kInfinity = __builtin_huge_val();
 constexpr double kNan = __builtin_nan("");
 
-// The look at a row: its maximum, the first column that holds it, and the sums against it.
+// The result of the first pass over a row: its maximum, the first column that holds it, and the
+// sums relative to that maximum.
 struct RowSums {
   double maximum;
   int64_t argmax;
@@ -17,11 +19,13 @@ struct RowSums {
   double first_moment;
 };
 
-// Terms and statistics of one row, filled by the constructor and, if needs_sced(), by add_sced().
+// Terms and statistics of one row.  The constructor fills them in; if needs_sced() is true the
+// caller must call add_sced() as well.
 template <typename T>
 class RowResult {
  public:
-  // A row that is left out, or (NaN) one whose label is no column.
+  // Fills every term and statistic with one value: 0 for a row that is not valid, NaN for a row
+  // whose label is out of range.
   CAREF_HD explicit RowResult(double value) : sums_{}, constants_(T(0), 1.0) {
     for (double& term : terms_) term = value;
     for (double& statistic : stats_) statistic = value;
@@ -53,14 +57,15 @@ class RowResult {
   }
 
   CAREF_HD bool needs_sced() const { return needs_sced_; }
-  // Whether the row has no softmax.
+  // Whether the row has no softmax (NaN, +inf, or only -inf).
   CAREF_HD bool is_nan() const { return stats_[kResidual] != stats_[kResidual]; }
   CAREF_HD double entropy() const { return caref::entropy(sums_.residual, stats_[kMeanShift]); }
-  // With the residual as it is stored: those of the elements, in the second pass and the backward.
+  // The constants of the elements, from the residual as it is stored.  The second pass and the
+  // backward use the same ones.
   CAREF_HD const RowConstants<T>& constants() const { return constants_; }
 
-  // `density` is sum f and `slope` sum p f', both without the arg-max column, whose weight in the
-  // mask is `top_weight`.
+  // `density` is sum f and `slope` is sum p f', both without the arg-max column.  `top_weight` is
+  // the weight of that column in the top-k mask.
   CAREF_HD void add_sced(double density, double slope, const Exponents& exponents,
                          double top_weight = 1.0) {
     const double top = sced_density(1.0 / d(), -c_, sums_.residual / d(), exponents);
@@ -77,7 +82,8 @@ class RowResult {
     T* stats_out = static_cast<T*>(params.stats) + row * params.num_statistics();
     for (int i = 0; i < kNumTerms; ++i) terms_out[i] = static_cast<T>(terms_[i]);
     for (int i = 0; i < kNumStatistics; ++i) stats_out[i] = static_cast<T>(stats_[i]);
-    // Of rows without a mask of their own: 0 or NaN, as the rest.
+    // A row without a softmax, or one that is not valid, has no top-k mask: its additional
+    // statistics are NaN or 0 like the residual.
     for (int i = kNumStatistics; i < params.num_statistics(); ++i)
       stats_out[i] = static_cast<T>(stats_[kResidual]);
   }
@@ -121,12 +127,14 @@ struct RowBackward {
     }
   }
 
-  // Statistics are data: a row whose arg-max is no column, or whose residual is NaN, becomes NaN.
+  // The statistics come from the caller and are not trusted: if the arg-max is out of range or the
+  // residual is NaN, the gradient of the row becomes NaN.
   CAREF_HD bool is_usable(int64_t columns) const {
     return constants.residual == constants.residual && argmax >= 0 && argmax < columns;
   }
 
-  // The gradient of the arg-max column: the slope of CE is p_a, or p_a - 1 = -q_a.
+  // The gradient of the arg-max column.  The slope of CE is p_a, or p_a - 1 = -q_a if the arg-max
+  // is the label.
   CAREF_HD double top(const Target& target) const {
     const bool is_label = target.has_label && target.label == argmax;
     const double ce = is_label ? -constants.q_top : constants.p_top;
@@ -134,8 +142,8 @@ struct RowBackward {
     return grad_ce * ce + grad_sced * sced - grad_kl * constants.p_top * mean_shift;
   }
 
-  // That of the label column, another one, whose shift is `raw_shift` and whose weight in the mask
-  // is `weight`.
+  // The gradient of the label column when it is not the arg-max.  `raw_shift` is its y before the
+  // clamp and `weight` its weight in the top-k mask.
   CAREF_HD double label(double raw_shift, double weight, const Exponents& exponents) const {
     const bool is_empty = raw_shift < -700.0;  // e^y is 0 there, and y may be -inf
     const double y = is_empty ? -700.0 : raw_shift;

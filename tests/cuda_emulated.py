@@ -1,7 +1,7 @@
 """The backend "cuda-emulated", for tests: the sources of csrc/cuda compiled by g++ with tests/cuda_emulation.
 
-Importing this module registers it; the first use compiles, in seconds, and what it makes is kept under build/ by a hash
-of its sources.  With CAREF_SANITIZE=1 it is compiled with AddressSanitizer and UBSan (.ci/sanitize).
+Importing this module registers the backend.  The first use compiles it, and the objects are kept under build/ by a hash
+of their sources.  With CAREF_SANITIZE=1 it is compiled with AddressSanitizer and UBSan (.ci/sanitize).
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ STORAGES = ("Float32", "Float64", "BFloat16", "Float16")
 SANITIZE = os.environ.get("CAREF_SANITIZE") == "1"
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Werror".split()
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
-# Under the sanitizers -O1 keeps what their messages point at, and -g1 its line; -O2 halves the time of the suite.
+# -O1 and -g1 keep the stack frames and lines that messages of the sanitizers name; -O2 halves the time of the suite.
 CHECKED = "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined"
 OPTIMISE = (CHECKED if SANITIZE else "-O2").split()
-# What the device of the emulation is like: small, so that rows of the suite are split as on a GPU.
+# The emulated device is small, so that the rows of the suite are split as wide rows are on a GPU.
 MULTIPROCESSORS, SHARED_BYTES, MOST_BLOCKS = 16, 100 * 1024, 2**31 - 1
-# For subprocesses that are given a backend's name.
+# The first lines of a program that a subprocess runs with this backend.
 PREAMBLE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cuda_emulated\n"
 
 
 def compiler() -> str | None:
-    """The C++ compiler that tests may use."""
+    """The C++ compiler, or None if there is none."""
     chosen = os.environ.get("CXX", "g++")
     return chosen if shutil.which(shlex.split(chosen)[0]) else None
 
 
-# Wider rows take no other path; test_cuda_kernels.py has those of every number of slices.
+# Wider rows run the same code; test_cuda_kernels.py tests every number of splits.
 WIDEST_SANITIZED = 33_000
-# Too slow for it, a switch of fibers for every lane of every shuffle: many rows, or many calls with many rows.
+# Tests of many rows, or of many calls with many rows, are too slow: every shuffle switches fibers once per lane.
 TOO_SLOW = frozenset(
     {
         "test_float16_gradient_is_scaled_before_it_is_rounded",
@@ -66,14 +66,14 @@ TOO_SLOW = frozenset(
 
 
 def is_left_out(name: str, parameters: dict[str, object]) -> bool:
-    """Whether a test with these parameters would take the emulation, or its sanitized build, too long."""
+    """Whether a test with these parameters is too slow for the emulation or for its sanitized build."""
     columns = parameters.get("columns", 0)
     is_wide = name.startswith("test_widest") or (isinstance(columns, int) and columns > WIDEST_SANITIZED)
     return NAME in parameters.values() and (name in TOO_SLOW or (SANITIZE and is_wide))
 
 
 def units(root: Path) -> dict[str, list[str]]:
-    """Name of each object file -> compiler arguments."""
+    """A dict from the name of each object file to its compiler arguments."""
     csrc, emulation = root / "csrc", ROOT / "tests" / "cuda_emulation"
     as_cpp = ["-I", str(emulation), "-x", "c++"]
     made = {
@@ -95,9 +95,9 @@ def _python_flags() -> list[str]:
 
 
 def build(root: Path, folder: Path, names: tuple[str, ...] = ()) -> Path:
-    """Compile the sources under ``root`` into ``folder``; the path of the module.
+    """Compile the sources under ``root`` into ``folder`` and return the path of the module.
 
-    With ``names`` only these units are compiled, and the others are those of this tree.
+    If ``names`` is given, only these units are compiled, and the other units are those of this tree.
     """
     chosen = {name: arguments for name, arguments in units(root).items() if not names or name in names}
     with ThreadPoolExecutor(2) as pool:
@@ -118,7 +118,7 @@ def _link(objects: dict[str, Path], folder: Path) -> Path:
 
 @functools.cache
 def _objects() -> dict[str, Path]:
-    """The objects of this tree, kept under build/ by a hash of what they are made from."""
+    """The objects of this tree, kept under build/ by a hash of their sources and flags."""
     folder = ROOT / "build" / "cuda_emulation"
     headers = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh")]
     headers += (ROOT / "tests" / "cuda_emulation").glob("*.h")
@@ -139,14 +139,14 @@ def _objects() -> dict[str, Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the kernel lets go of it if that one dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling; its lock is released even if it dies
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(make, found))
     return found
 
 
 def build_library(source: Path, folder: Path) -> Path:
-    """Kernels of a test, compiled with the emulation alone."""
+    """Compile the kernels in ``source`` with the emulation, and return the path of the library."""
     emulation = ROOT / "tests" / "cuda_emulation"
     path = folder / f"{source.stem}.so"
     includes = ["-I", emulation, "-I", ROOT / "csrc" / "cuda"]
@@ -156,7 +156,8 @@ def build_library(source: Path, folder: Path) -> Path:
 
 def _run(arguments: list) -> None:
     command = [*shlex.split(compiler()), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
+    # The sanitizer that is preloaded for the tests must not be loaded into the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -164,7 +165,7 @@ def _run(arguments: list) -> None:
 
 @functools.cache
 def built() -> Path:
-    """The module of this tree, compiled now if it has not been."""
+    """The path of the module of this tree, which is compiled if necessary."""
     objects = _objects()
     key = hashlib.sha256(repr(sorted(path.name for path in objects.values())).encode()).hexdigest()[:16]
     folder = ROOT / "build" / "cuda_emulation" / key
@@ -178,7 +179,7 @@ def built() -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """Import the extension at ``path``, under a name of its own: pybind11 finds modules again by their name."""
+    """Import the extension at ``path`` under a unique name, because a module is found again by its name."""
     name = f"cuda_emulated_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}._C"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -186,11 +187,11 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-_COMPILER = compiler()  # found once: torch.compile traces through unsupported()
+_COMPILER = compiler()  # looked up once, because torch.compile traces through unsupported()
 
 
 class EmulatedCudaBackend(CudaBackend):
-    """The CUDA backend on CPU tensors, over an emulated device."""
+    """The CUDA backend for CPU tensors, on the emulated device."""
 
     name = NAME
 
@@ -214,7 +215,7 @@ class EmulatedCudaBackend(CudaBackend):
     def device(
         self, multiprocessors: int = MULTIPROCESSORS, shared: int = SHARED_BYTES, most_blocks: int = MOST_BLOCKS
     ):
-        """Another device for a while."""
+        """Change the properties of the emulated device for a with-block."""
         self.controls.cuda_emulation_set_device(multiprocessors, shared, most_blocks)
         yield
         self.controls.cuda_emulation_set_device(MULTIPROCESSORS, SHARED_BYTES, MOST_BLOCKS)

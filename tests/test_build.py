@@ -141,8 +141,8 @@ def test_what_ptxas_says_is_read():
     assert nvcc_check.register_limit(gradient, "backward_Float32", blocks) == 80
     assert nvcc_check.register_limit(gradient, "backward_Float64", blocks) == 128
     assert nvcc_check.register_limit(row, "forward_Float32", blocks) == 128
-    mask = nvcc_check.Kernel("mask_kernel<Masked<EvenExponents<2, 1>>>", "sm_90", 64, 0)
-    any_exponents = mask._replace(name="mask_kernel<Masked<AnyExponents>>")
+    mask = nvcc_check.Kernel("topk_kernel<TopKMasked<EvenExponents<2, 1>>>", "sm_90", 64, 0)
+    any_exponents = mask._replace(name="topk_kernel<TopKMasked<AnyExponents>>")
     limits = [(mask, "select_Float16", 64), (mask, "select_Float64", 128), (any_exponents, "select_Float32", 128)]
     assert all(nvcc_check.register_limit(kernel, unit, blocks) == limit for kernel, unit, limit in limits)
 

@@ -1,6 +1,6 @@
-"""What is particular to the CUDA kernels: reasons, plans, shared rows, errors of launches; on the emulated device.
+"""Tests of the CUDA backend alone: refusals, rows that several blocks share, launch errors; on the emulated device.
 
-The conformance suite runs on it too, as the backend "cuda-emulated", and on a CUDA device as "cuda".
+The conformance suite runs on the emulated device too, as the backend "cuda-emulated", and on a CUDA device as "cuda".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class WithModule(CudaBackend):
-    """A backend over a module with these architectures."""
+    """A backend whose module was built for these architectures."""
 
     def __init__(self, architectures: str | None) -> None:
         self.module = None if architectures is None else types.SimpleNamespace(CUDA_ARCHITECTURES=architectures)
@@ -86,7 +86,7 @@ def test_order_and_refusal():
         caref_loss(torch.zeros(2, 5), torch.tensor([0, 1]), backend="cuda")
 
 
-# Devices that give a row to one block, to several, and to more than there are warps to merge them at once.
+# Devices on which a row belongs to one block, to several, and to more than the 32 lanes that combine them.
 DEVICES = {"one block": (1, 2000 * 1024), "several blocks": (16, 100 * 1024), "many blocks": (1, 20 * 1024)}
 
 
@@ -103,7 +103,7 @@ def test_shared_rows(device, dtype, alpha, beta):
     case = make_case("lm_like", 4, columns, dtype, seed=1, ignored=1)
     logits, labels = case.logits.clone(), case.labels.clone()
     first, second, third = (labels != -100).nonzero().flatten().tolist()
-    # Above the noise, but not so far that two columns of 1/2 each leave no gradient to compare.
+    # Above the noise, but not so far that the two columns have p = 1/2 each and no other column has a gradient.
     logits[first, [3, columns - 2]] = 3.0
     logits[second, columns - 1] = 14.0
     logits[third, : columns // 2] = -math.inf
@@ -135,7 +135,7 @@ def test_devices_agree():
 @pytest.mark.parametrize("place", [0, 17_000, 39_999])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_poison_in_one_block(place, value):
-    """NaN arrives through the sums of its block, in the terms and in the whole gradient of its row alone."""
+    """A NaN reaches, through the sums of its block, the terms and the whole gradient of its row and of no other row."""
     logits, labels = make_case("normal_1", 2, 40_000, seed=2).logits, torch.tensor([1, 2])
     clean = evaluate(logits, labels, ("loss",), backend=NAME)
     logits[1, place] = value
@@ -150,8 +150,8 @@ def test_poison_in_one_block(place, value):
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 3, 7])
-def test_misaligned_rows_give_the_same_bits(dtype, offset):
-    """Rows that start at any element, and an odd number of columns: other loads, the same columns in every thread."""
+def test_misaligned_rows_are_bitwise_identical(dtype, offset):
+    """Rows that start at any element use other loads, but every thread has the same columns."""
     case = make_case("lm_like", 3, 2049, dtype, seed=3)
     storage = torch.empty(3 * 2051 + 8, dtype=dtype)
     misaligned = storage[offset:].as_strided((3, 2049), (2051, 1)).copy_(case.logits)
@@ -178,10 +178,10 @@ def test_more_rows_than_a_launch_has_blocks():
 @needs_compiler
 @pytest.mark.parametrize(
     ("launch", "kernel"),
-    [(1, "row_kernel"), (2, "merge_kernel"), (3, "second_kernel"), (4, "add_kernel")],
+    [(1, "row_kernel"), (2, "combine_kernel"), (3, "second_kernel"), (4, "combine_sced_kernel")],
 )
 def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
-    """And the next call, which does not fail, is right."""
+    """The error names the kernel, and the next call succeeds."""
     logits, labels = make_case("normal_1", 2, 40_000, seed=6)
     spec = (1.5, 0.5, 40_000, -100, True, 0.0, 0, 0, NAME)
     BACKEND.controls.cuda_emulation_fail(launch, 209)
@@ -195,8 +195,8 @@ def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
 
 
 @needs_compiler
-def test_a_share_larger_than_48_kilobytes_is_asked_for(monkeypatch):
-    """Without that the launch is refused, as on a GPU: the row of 40,000 float32 columns takes 160 kB."""
+def test_more_than_48_kilobytes_of_shared_memory_are_requested():
+    """A row of 40,000 float32 columns takes 160 kB; without the request the launch is refused, as on a GPU."""
     case = make_case("normal_1", 1, 40_000, seed=6)
     with BACKEND.device(1, 700 * 1024):
         check_evaluation(evaluate(*case, ("loss",), backend=NAME), oracle(*case, ("loss",)))
@@ -207,15 +207,15 @@ def test_a_share_larger_than_48_kilobytes_is_asked_for(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "label"), [(1, 0), (33, 5), (1000, 1_000_000), (9001, -7)])
 def test_nothing_around_the_tensors_is_touched(dtype, columns, label):
-    """Every tensor of a call lies between zones that AddressSanitizer ends the process for."""
+    """Every tensor of a call lies between guard zones; AddressSanitizer ends the process at an access to them."""
     guard = 1 << 16
     zones = []
 
-    def fenced(tensor):
+    def guarded(tensor):
         size = tensor.numel() * tensor.element_size()
         buffer = torch.zeros(size + 2 * guard, dtype=torch.uint8)
         inside = buffer[guard : guard + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        # The zone behind starts where the tensor ends: sizes are multiples of two, and a zone's start may be any byte.
+        # The zone behind starts exactly where the tensor ends, which the sanitizer allows at any byte.
         for start, length in ((buffer.data_ptr(), guard), (buffer.data_ptr() + guard + size, guard)):
             sanitizer.__asan_poison_memory_region(ctypes.c_void_p(start), ctypes.c_size_t(length))
             zones.append((start, length, buffer))
@@ -226,10 +226,10 @@ def test_nothing_around_the_tensors_is_touched(dtype, columns, label):
     labels = torch.tensor([0, label, columns - 1])
     spec = RowSpec(2.0, 1.0, columns, -100, True)
     try:
-        logits, targets = fenced(case.logits), fenced(labels)
+        logits, targets = guarded(case.logits), guarded(labels)
         terms, stats = BACKEND.forward(logits, targets, spec)
-        gradient = fenced(torch.zeros_like(logits))
-        BACKEND.backward(fenced(torch.ones_like(terms)), logits, targets, fenced(stats), spec, gradient)
+        gradient = guarded(torch.zeros_like(logits))
+        BACKEND.backward(guarded(torch.ones_like(terms)), logits, targets, guarded(stats), spec, gradient)
         inside = 0 <= label < columns
         assert torch.isfinite(terms[[0, 2]]).all()
         assert torch.isfinite(terms[1]).all() == inside

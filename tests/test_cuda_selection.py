@@ -1,6 +1,6 @@
-"""Top-k masks on the emulated CUDA device: rows that fit into shared memory, listed candidates, full lists.
+"""Top-k masks on the emulated CUDA device: rows that fit into shared memory, listed candidates, lists that overflow.
 
-The masks of test_sparsity.py run on it too, as the backend "cuda-emulated".
+The tests of test_sparsity.py run on the emulated device too, as the backend "cuda-emulated".
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from caref_kernels.testing import check_evaluation, evaluate, make_case, oracle,
 pytestmark = pytest.mark.skipif(cuda_emulated.compiler() is None, reason="no C++ compiler")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Multiprocessors and shared memory: the row of 9,000 fits; it is listed; the lists have no place at all.
+# (Multiprocessors, bytes of shared memory) with which a row of 9,000 columns fits into shared memory, is listed, and is
+# not listed because there is no memory for lists.
 DEVICES = {"fits": (16, 200 * 1024), "listed": (16, 34 * 1024), "no lists": (2, 20 * 1024)}
 COLUMNS = 9_000
 
@@ -39,13 +40,13 @@ def _exact_mask(logits, k):
 
 
 def _rows(dtype, columns=COLUMNS):
-    """Noise; ties; one value; subnormal numbers and both zeros; mostly -inf; ascending; a large one for each thread."""
+    """Noise; ties; one value; subnormals and both zeros; mostly -inf; ascending; one large value for each thread."""
     generator = torch.Generator().manual_seed(columns)
     noise = torch.randn(columns, generator=generator)
     ties = torch.randint(-9, 9, (columns,), generator=generator) / 4.0
     small = torch.randint(-40, 40, (columns,), generator=generator).to(dtype) * torch.finfo(dtype).smallest_normal / 64
     rare = torch.where(noise > 1.5, noise, -math.inf)
-    width = 16 // dtype.itemsize  # of the vectors that the 512 threads of a long row take in turn
+    width = 16 // dtype.itemsize  # columns of a vector; the 512 threads of a long row take vectors in turn
     index = torch.arange(columns)
     tops = torch.where((index < 512 * width) & (index % width == 1), 5 + noise, -9 + noise)
     rows = [noise, ties, torch.full((columns,), -3.25), small, rare, torch.linspace(-9, 9, columns), tops]
@@ -55,7 +56,7 @@ def _rows(dtype, columns=COLUMNS):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masks_are_exact(device, dtype):
-    """Budgets around the number of warps, of threads, and of finite columns: equal to a sort in every number."""
+    """For k around the numbers of warps, threads and finite columns, every statistic equals that of a sort."""
     logits = _rows(dtype)
     with BACKEND.device(*DEVICES[device]):
         for k in (17, 4000) if cuda_emulated.SANITIZE else (1, 16, 17, 512, 513, 4000, COLUMNS):
@@ -93,8 +94,8 @@ def test_terms_and_gradients(device, dtype, alpha, beta, policy):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_that_have_no_mask(device):
-    """Left out, a label that is no column, NaN, infinite and empty rows: at once, and the others keep their bits."""
+def test_rows_without_a_topk_mask(device):
+    """Ignored, out-of-range, NaN, infinite and empty rows in one batch leave the other rows bitwise identical."""
     logits, labels = make_case("normal_1", 7, COLUMNS, seed=2)
     labels[1:3] = torch.tensor([-100, COLUMNS + 7])
     with BACKEND.device(*DEVICES[device]):
@@ -114,8 +115,8 @@ def test_rows_that_have_no_mask(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", [TopK(40), EntropyTopK()], ids=str)
-def test_same_bits_in_every_block(device, policy):
-    """Blocks of even and odd number run their warps in opposite orders."""
+def test_equal_rows_are_bitwise_identical(device, policy):
+    """The emulated device runs the warps of even and of odd blocks in opposite orders."""
     case = make_case("lm_like", 1, COLUMNS, seed=3)
     logits, labels = case.logits.expand(4, -1), case.labels.expand(4)
     with BACKEND.device(*DEVICES[device]):
@@ -152,7 +153,7 @@ def test_more_rows_than_a_launch_has_blocks():
 
 @pytest.mark.parametrize("subnormal", [1e-40, -1e-40])
 def test_subnormal_numbers(subnormal):
-    """The whole of it is in the mask, and 0 and -0 share what is left, in the backward too."""
+    """A subnormal number differs from 0, and 0 and -0 are tied, in the forward and in the backward."""
     rows = [[0.0, -0.0, subnormal, -1.0, -0.0], [-0.0, 0.0, -1.0, subnormal, -3.0], [-1.0, -2.0, subnormal, -1.0, -3.0]]
     logits, labels = torch.tensor(rows), torch.tensor([1, 3, 1])
     for k in (1, 2, 3):
@@ -162,7 +163,7 @@ def test_subnormal_numbers(subnormal):
         check_evaluation(actual, oracle(logits, labels, ("loss", "sced"), sparsity=TopK(k)))
 
 
-@pytest.mark.parametrize(("launch", "kernel"), [(1, "row_kernel"), (2, "merge_kernel"), (3, "mask_kernel")])
+@pytest.mark.parametrize(("launch", "kernel"), [(1, "row_kernel"), (2, "combine_kernel"), (3, "topk_kernel")])
 def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
     logits = make_case("normal_1", 2, 40_000, seed=6).logits
     BACKEND.controls.cuda_emulation_fail(launch, 209)
@@ -171,8 +172,8 @@ def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
     assert torch.equal(_mask(logits, TopK(3)), _exact_mask(logits, 3))
 
 
-def test_nothing_waits_and_nothing_is_refused():
-    """One launch and no workspace where the row fits; the CUDA backend itself no longer names masks as a reason."""
+def test_a_row_that_fits_takes_one_launch():
+    """No other launch follows, and the backend does not refuse a top-k mask."""
     spec = CarefConfig(sparsity=TopK(2)).row_spec(8)
     assert backends.get(NAME).unsupported(torch.empty(1, 8), spec) is None
     assert "selection" not in (backends.get("cuda").unsupported(torch.empty(1, 8), spec) or "")
@@ -188,7 +189,7 @@ def test_nothing_waits_and_nothing_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 33, 9001])
 def test_nothing_around_the_rows_is_touched(dtype, columns):
-    """Logits between zones that AddressSanitizer ends the process for."""
+    """The logits lie between guard zones; AddressSanitizer ends the process at an access to them."""
     guard, size = 1 << 16, 3 * columns * dtype.itemsize
     buffer = torch.zeros(size + 2 * guard, dtype=torch.uint8)
     case = make_case("normal_1", 3, columns, dtype, seed=8)

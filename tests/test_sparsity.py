@@ -223,7 +223,7 @@ def test_entropy_to_num_kept():
     expected = [2, 2, 2, 4, 40, 40, 40, 2, 2]
     assert sparsity.num_kept_tokens(entropies[:, None], budget).flatten().tolist() == expected
     compiled = pytest.importorskip("caref_kernels._C").row_math
-    assert [compiled.row_support(entropy, *budget) for entropy in entropies.tolist()] == expected
+    assert [compiled.row_num_kept(entropy, *budget) for entropy in entropies.tolist()] == expected
 
 
 def test_integer_budgets(backend):

@@ -1,5 +1,6 @@
-// The gradient of rows: one read, one write.  p is computed again from the logits; the three term
-// gradients are scaled by the row's incoming gradient and added in T, and rounded once.
+// The gradient of rows, with one read and one write of each element.  p is recomputed from the
+// logits; the gradients of the three terms are scaled by the row's incoming gradient, added in T,
+// and rounded once.
 #include "kernels.h"
 #include "rows.h"
 #include "select.h"
@@ -7,15 +8,15 @@
 namespace caref::cpu::CAREF_ISA {
 namespace {
 
-// A row with the place of its columns in the mask; without one, every weight is 1.
+// A row with its top-k mask; without a mask every weight is 1.
 template <typename T>
-struct MaskedRow : RowBackward<T> {
+struct TopKRow : RowBackward<T> {
   Key<T> threshold = -kInfinityKey<T>;
   double tie_weight = 1.0;
 
-  MaskedRow(const RowParams& params, int64_t row, const Target& target, const Exponents& exponents)
+  TopKRow(const RowParams& params, int64_t row, const Target& target, const Exponents& exponents)
       : RowBackward<T>(params, row, target, exponents) {
-    if (!params.is_masked()) return;
+    if (!params.has_topk_mask()) return;
     const T* stats = static_cast<const T*>(params.stats) + row * params.num_statistics();
     threshold = key_at(stats + kThreshold);
     tie_weight = static_cast<double>(stats[kTieWeight]);
@@ -27,24 +28,25 @@ struct MaskedRow : RowBackward<T> {
   }
 };
 
-// The gradient of every column but the arg-max and the label, which the caller writes again.
-// p (C + grad_kl y + grad_sced f') with the constants of the row in C.
+// The gradient p (C + grad_kl y + grad_sced f') of a column, where C holds the constants of the
+// row. It does not hold for the arg-max and the label columns, which the caller overwrites.
 template <typename S, typename T, typename Kind>
 struct ColumnGradient {
   T maximum, inverse_d, c, constant, kl, sced;
-  T share,
-      top_slope;  // grad_sced * q_a p_a f'_a * e / r, kept apart where the product could overflow
+  // grad_sced q_a p_a f'_a e / r is formed from two factors, because 1 / r times the rest could
+  // overflow.
+  T inverse_residual, top_slope;
   Key<T> threshold;
-  T tied_sced;  // grad_sced times the weight of a column at the threshold
+  T tied_sced;  // grad_sced times the weight of a column that equals the threshold
   const Exponents& exponents;
 
-  ColumnGradient(const MaskedRow<T>& row, const Exponents& all)
+  ColumnGradient(const TopKRow<T>& row, const Exponents& all)
       : maximum(row.maximum),
         inverse_d(static_cast<T>(row.constants.p_top)),
         c(static_cast<T>(row.constants.c)),
         kl(static_cast<T>(row.grad_kl)),
         sced(static_cast<T>(row.grad_sced)),
-        share(0),
+        inverse_residual(0),
         top_slope(0),
         threshold(row.threshold),
         tied_sced(static_cast<T>(row.grad_sced * row.tie_weight)),
@@ -54,7 +56,7 @@ struct ColumnGradient {
       if (Kind::kOnePass) {
         sum += row.top_slope / row.constants.q_top;  // beta is an integer: p_a f'_a is finite
       } else {
-        share = static_cast<T>(1.0 / row.constants.residual);
+        inverse_residual = static_cast<T>(1.0 / row.constants.residual);
         top_slope = static_cast<T>(row.grad_sced * row.top_slope);
       }
     }
@@ -71,14 +73,14 @@ struct ColumnGradient {
     } else if constexpr (Kind::kSced) {
       const Vec<T> q = 1 - p;
       inner += weight(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
-      return p * inner - e * share * top_slope;
+      return p * inner - e * inverse_residual * top_slope;
     }
     return p * inner;
   }
 
   // grad_sced w.
   CAREF_HD auto weight(Vec<T> x) const {
-    if constexpr (kIsMasked<Kind>) {
+    if constexpr (kIsTopKMasked<Kind>) {
       const Keys<T> keys = keys_of<T>(x);
       const Vec<T> tied = keys == threshold ? splat<T>(tied_sced) : Vec<T>{};
       return keys > threshold ? splat<T>(sced) : tied;
@@ -95,7 +97,7 @@ void fill_row(S* out, int64_t columns, double value) {
   for (int64_t i = 0; i < columns; ++i) out[i] = element;
 }
 
-// Hardware prefetchers stop at the end of a page; a row is many.
+// Hardware prefetchers stop at the end of a page, and a row spans many pages.
 template <typename S>
 CAREF_HD void fetch_ahead(const S* place) {
   constexpr uintptr_t kBytesAhead = 2048;
@@ -105,18 +107,18 @@ CAREF_HD void fetch_ahead(const S* place) {
 
 template <typename S, typename Kind>
 void backward_row(const S* logits, S* out, int64_t columns,
-                  MaskedRow<typename Storage<S>::Arithmetic>& row, const Target& target,
+                  TopKRow<typename Storage<S>::Arithmetic>& row, const Target& target,
                   const Exponents& exponents) {
   using T = typename Storage<S>::Arithmetic;
   constexpr int kLanes = Lanes<T>::kCount;
-  if constexpr (kIsMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));
-  // The two columns that need their own form, before the row may be overwritten in place.
+  if constexpr (kIsTopKMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));
+  // The two columns with their own formula are computed before the row may be overwritten in place.
   const double top = row.top(target);
-  const bool is_apart = target.has_label && target.label != row.argmax;
+  const bool has_label_column = target.has_label && target.label != row.argmax;
   double label = 0.0;
-  if (is_apart) {
+  if (has_label_column) {
     const S* place = logits + target.label;
-    const double weight = kIsMasked<Kind> ? row.weight(key_at(place)) : 1.0;
+    const double weight = kIsTopKMasked<Kind> ? row.weight(key_at(place)) : 1.0;
     const double raw_shift =
         static_cast<double>(load_one(place)) - static_cast<double>(row.maximum);
     label = row.label(raw_shift, weight, exponents);
@@ -136,7 +138,7 @@ void backward_row(const S* logits, S* out, int64_t columns,
     memcpy(out + whole, lanes, tail);
   }
   store_one(out + row.argmax, top);
-  if (is_apart) store_one(out + target.label, label);
+  if (has_label_column) store_one(out + target.label, label);
 }
 
 template <typename S, typename Kind>
@@ -147,11 +149,11 @@ void backward_rows(const RowParams& params, int64_t begin, int64_t end) {
     const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(i);
     S* out = static_cast<S*>(params.grad_logits) + params.out_offset(i);
     const Target target = target_of(params, i);
-    if (!target.counts) {
+    if (!target.is_valid) {
       fill_row(out, params.columns, 0.0);
       continue;
     }
-    MaskedRow<T> row(params, i, target, exponents);
+    TopKRow<T> row(params, i, target, exponents);
     if (!row.is_usable(params.columns)) {
       fill_row(out, params.columns, std::numeric_limits<double>::quiet_NaN());
       continue;

@@ -1,26 +1,26 @@
-// Terms and statistics of rows.  One read of the row for even exponents: the row is taken in blocks
-// that fit the first-level cache; each block is looked at for a new maximum and then summed.  Other
-// exponents read the row a second time.
+// Terms and statistics of rows.  The row is processed in blocks that fit the first-level cache:
+// each block is searched for a new maximum and then summed.  For the one-pass exponents the row is
+// read once; other exponents and top-k masks read it a second time.
 #include <type_traits>
 
 #include "kernels.h"
-#include "masked.h"
 #include "rows.h"
+#include "topk_sums.h"
 
 namespace caref::cpu::CAREF_ISA {
 namespace {
 
-// The sums of one row relative to its maximum so far.
+// The sums of one row relative to the maximum of the blocks that have been read so far.
 template <typename T, typename Kind>
 struct LaneSums : PartialSums<Kind> {
   T maximum = -std::numeric_limits<T>::infinity();
   int64_t argmax = 0;
   bool is_nan = false;
   WideSum<T> wide_residual, wide_first_moment;
-  WideSum<T> wide_moments[Kind::kMoments + 1];  // no array is empty
+  WideSum<T> wide_moments[Kind::kMoments + 1];  // one more, because C++ has no empty arrays
 };
 
-// Adds one block, whose maximum is not above the row's, to the lane sums.
+// Adds one block, whose maximum does not exceed the row's, to the lane sums.
 template <typename S, typename T, typename Kind>
 CAREF_HD void add_block(const BlockReader<S>& block, LaneSums<T, Kind>& sums) {
   using V = Vec<T>;
@@ -75,7 +75,7 @@ void take_wide(LaneSums<T, Kind>& sums) {
 template <typename T, typename Kind>
 void raise_maximum(LaneSums<T, Kind>& sums, T maximum, int64_t argmax) {
   take_wide(sums);
-  // From -inf, before the first maximum, to a finite one: nothing is left of nothing.
+  // Before the first maximum this is -inf, and raise() then leaves the sums, which are 0, at 0.
   sums.raise(static_cast<double>(sums.maximum) - static_cast<double>(maximum));
   sums.maximum = maximum;
   sums.argmax = argmax;
@@ -90,7 +90,7 @@ void sum_row(BlockReader<S>& block, LaneSums<T, Kind>& sums) {
       raise_maximum(sums, block_maximum, argmax);
       block.exclude(argmax);
     } else if (sums.maximum == -std::numeric_limits<T>::infinity()) {
-      // Nothing but -inf and NaN so far, so there is no maximum to sum against.
+      // So far the row has only -inf and NaN, so there is no maximum to sum relative to.
       sums.is_nan |= block.any_nan();
       continue;
     }
@@ -125,9 +125,9 @@ ScedSums sum_sced(BlockReader<S>& block, T maximum, int64_t argmax, const RowCon
 }
 
 template <typename T>
-void write_mask(const RowParams& params, int64_t row, const RowMask<T>& mask) {
+void write_topk_mask(const RowParams& params, int64_t row, const TopKMask<T>& mask) {
   T* stats = static_cast<T*>(params.stats) + row * params.num_statistics();
-  stats[kSupport] = static_cast<T>(mask.support);
+  stats[kNumKept] = static_cast<T>(mask.num_kept);
   stats[kThreshold] = value_of<T>(mask.selection.threshold);
   stats[kTieWeight] = static_cast<T>(mask.tie_weight);
 }
@@ -138,24 +138,24 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   using T = typename Storage<S>::Arithmetic;
   const S* logits = static_cast<const S*>(params.logits) + params.logits_offset(row);
   BlockReader<S> block(logits, params.columns);
-  // The budget of a mask depends on the entropy, so SCED takes a second look at the row.
-  LaneSums<T, std::conditional_t<kIsMasked<Kind>, NoSced, Kind>> sums;
+  // The k of a top-k mask depends on the row's entropy, so SCED needs a second pass over the row.
+  LaneSums<T, std::conditional_t<kIsTopKMasked<Kind>, NoSced, Kind>> sums;
   sum_row(block, sums);
   const double residual = sums.is_nan ? kNan : sums.residual;
   const RowSums totals{static_cast<double>(sums.maximum), sums.argmax, residual, sums.first_moment};
   const double label_logit = target.has_label ? load_one(logits + target.label) : 0.0;
   RowResult<T> result(params, target, exponents, totals, label_logit);
-  if constexpr (kIsMasked<Kind>) {
+  if constexpr (kIsTopKMasked<Kind>) {
     if (result.is_nan()) return result.write(params, row);
-    const RowMask<T> mask =
+    const TopKMask<T> mask =
         select_mask<S>(params, logits, sums.argmax, result.entropy(), workspace);
     if (result.needs_sced()) {
-      const ScedSums sced = sum_masked<S, Kind>(block, mask, sums.maximum, sums.argmax,
-                                                result.constants(), exponents);
+      const ScedSums sced =
+          sum_topk<S, Kind>(block, mask, sums.maximum, sums.argmax, result.constants(), exponents);
       result.add_sced(sced.density, sced.slope, exponents, mask.weight(mask.top));
     }
     result.write(params, row);
-    return write_mask(params, row, mask);
+    return write_topk_mask(params, row, mask);
   } else if constexpr (Kind::kSced) {
     if (result.needs_sced()) {
       if constexpr (Kind::kOnePass) {
@@ -175,7 +175,7 @@ void forward_rows(const RowParams& params, int64_t begin, int64_t end, void* wor
   const Exponents exponents(params.alpha, params.beta);
   for (int64_t row = begin; row < end; ++row) {
     const Target target = target_of(params, row);
-    if (target.counts) {
+    if (target.is_valid) {
       forward_row<S, Kind>(params, exponents, row, target, workspace);
     } else {
       RowResult<typename Storage<S>::Arithmetic>(0.0).write(params, row);

@@ -1,9 +1,9 @@
-// SIMD vectors of one register of the instruction set this file is compiled for, through the vector
-// extensions of GCC and Clang: loads from every storage type, rounding stores, exp, log.
+// SIMD vectors of one register of the instruction set that this file is compiled for, written with
+// the vector extensions of GCC and Clang: loads from every storage type, rounding stores, exp, log.
 //
-// The kernels are compiled once per instruction set (setup.py passes CAREF_ISA and the flags), and
-// everything here lives in a namespace of that name, so that the linker can never keep the AVX-512
-// copy of an inline function for a machine without it.
+// The kernels are compiled once per instruction set (setup.py passes CAREF_ISA and the flags).
+// Everything here is in a namespace with the name of the instruction set, so that the linker never
+// keeps the AVX-512 copy of an inline function for a machine without AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,8 @@ struct Lanes<float> {
   typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2)));
   static constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
   static constexpr int kMantissaBits = 23;
-  // exp(-88) rounds to the scale 2^-127, whose bit pattern is 0: the clamp is also the flush to 0.
+  // exp(-88) rounds to the scale 2^-127, whose bit pattern is 0, so clamping y at -88 also flushes
+  // e^y to 0 and no comparison is needed.
   static constexpr float kFloor = -88.0f;
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2 = 0.693147180559945309f;
@@ -85,8 +86,7 @@ CAREF_HD Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// ---- loads and stores: T is the arithmetic type, the tag types are what memory holds
-// ---------------
+// ---- Loads and stores.  T is the arithmetic type; BFloat16 and Float16 are storage types. ----
 
 struct BFloat16 {
   uint16_t bits;
@@ -129,7 +129,8 @@ CAREF_HD void store_bits(void* to, BitsF bits) {
 
 CAREF_HD VecF load(const BFloat16* from) { return bit_cast<VecF>(load_bits(from) << 16); }
 
-// Integer arithmetic throughout: right whether or not the machine flushes denormals.
+// The conversion uses integer arithmetic, so it is correct whether or not the machine flushes
+// denormals.
 CAREF_HD VecF load(const Float16* from) {
   const BitsF half = load_bits(from);
   const BitsF sign = (half & 0x8000u) << 16;
@@ -143,7 +144,7 @@ CAREF_HD VecF load(const Float16* from) {
   return bit_cast<VecF>(magnitude | sign);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 CAREF_HD void store(BFloat16* to, VecF value) {
   const BitsF bits = bit_cast<BitsF>(value);
   const BitsF rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -156,7 +157,7 @@ CAREF_HD void store(Float16* to, VecF value) {
   const BitsF sign = (bits >> 16) & 0x8000u;
   const BitsF magnitude = bits & 0x7fffffffu;
   const BitsF normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  // Adding 0.5 leaves the subnormal result in the low bits, rounded once by the addition itself.
+  // Adding 0.5 moves the subnormal result into the low bits, and the addition rounds it once.
   const BitsF subnormal = bit_cast<BitsF>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
   BitsF half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? BitsF{} + 0x7c00u : half;  // 65,520 and above round to infinity
@@ -179,11 +180,11 @@ CAREF_HD void store_one(S* to, double value) {
   *to = lanes[0];
 }
 
-// ---- arithmetic
-// -------------------------------------------------------------------------------------
+// ---- Arithmetic. ----
 
-// a > b ? a : b, so the second operand wins against NaN.  Compilers turn the select into one
-// instruction only under -ffast-math, which would also drop the NaN; x86 has exactly this one.
+// a > b ? a : b, so the result is b if one operand is NaN.  Compilers emit a single instruction for
+// the select only under -ffast-math, which would also drop NaN; the x86 maximum instruction has
+// exactly these semantics.
 CAREF_HD VecF larger(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a,
@@ -224,8 +225,9 @@ CAREF_HD VecD exp_polynomial(VecD f) {
   return poly;
 }
 
-// e^x for x in [kFloor, -kFloor]; exactly 0 at kFloor, NaN for NaN.  Relative error 1e-7, 2e-16.
-// The power of two is multiplied in, not added to the exponent bits, so that no NaN turns finite.
+// e^x for x in [kFloor, -kFloor]: exactly 0 at kFloor, NaN for NaN.  The relative error is 1e-7 for
+// float and 2e-16 for double.  The power of two is a factor rather than an addition to the exponent
+// bits, because the addition could turn a NaN into a finite number.
 template <typename T>
 CAREF_HD Vec<T> exponential(Vec<T> x) {
   using L = Lanes<T>;
@@ -260,13 +262,14 @@ CAREF_HD VecF logarithm(VecF x) {
   return n * 0.693359375f + (f - 0.5f * square + (poly * f * square + n * -2.12194440e-4f));
 }
 
-CAREF_HD VecD logarithm(VecD x) {  // exactness before speed: float64 is for checks
+// float64 is used for verification, so accuracy is preferred to speed.
+CAREF_HD VecD logarithm(VecD x) {
   for (int i = 0; i < Lanes<double>::kCount; ++i) x[i] = x[i] > 0.0 ? __builtin_log(x[i]) : -745.0;
   return x;
 }
 
-// A sum in double, one partial sum a lane.  Blocks of the row are summed in float32 registers and
-// then added here, so that float32 rounding never accumulates over a row.
+// A sum in double with one partial sum per lane.  Blocks of the row are summed in float32 registers
+// and then added here, so that float32 rounding errors do not accumulate over a row.
 template <typename T>
 struct WideSum {
   static constexpr int kParts = sizeof(double) / sizeof(T);
@@ -281,7 +284,7 @@ struct WideSum {
     parts[kParts - 1] += __builtin_convertvector(halves[1], VecD);
   }
 
-  // The value of the sum; the lanes are empty afterwards.
+  // Returns the sum and resets the lanes to 0.
   CAREF_HD double take() {
     double sum = 0.0;
     for (int part = 0; part < kParts; ++part) {

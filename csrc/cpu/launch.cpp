@@ -1,4 +1,4 @@
-// Choice of the instruction set at run time, the label check, and the loop over rows with OpenMP.
+// The choice of the instruction set at run time, the label check, and the OpenMP loop over rows.
 #include <omp.h>
 
 #include <cstring>
@@ -37,8 +37,9 @@ bool runs_here(const char* instruction_set) {
   return !strcmp(instruction_set, "baseline");
 }
 
-// Powers of small probabilities are denormal in float32 and cost a hundred times as much as 0, to
-// which they are equal here.  Also makes the result independent of the caller's own setting.
+// Powers of small probabilities are denormal in float32.  Arithmetic on denormals is a hundred
+// times slower, and at the accuracy of the sums they equal 0.  Setting the mode here also makes the
+// result independent of the caller's floating-point environment.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -59,7 +60,7 @@ class FlushDenormals {
 #endif
 };
 
-// About a hundred microseconds of work: below this, starting threads costs more than it saves.
+// About a hundred microseconds of work.  With less, starting a thread costs more than it saves.
 constexpr int64_t kMinElementsPerThread = 32768;
 
 }  // namespace
@@ -86,8 +87,9 @@ BadLabel find_bad_label(const RowParams& params) {
 }
 
 int64_t forward_workspace(const RowParams& params) {
-  if (!params.is_masked()) return 0;
-  // A key is as wide as the arithmetic; a few registers more, because lists end in whole ones.
+  if (!params.has_topk_mask()) return 0;
+  // A key is as wide as the arithmetic type.  The additional 128 keys are needed because lists are
+  // padded to a whole register.
   return (params.columns + 128) * (params.logits_dtype == DType::kFloat64 ? 8 : 4);
 }
 
@@ -96,10 +98,11 @@ void run(RowRangeKernel kernel, const RowParams& params, int64_t workspace_bytes
   if (rows == 0) return;
   const int64_t useful = rows * params.columns / kMinElementsPerThread + 1;
   const int threads = static_cast<int>(params.threads < useful ? params.threads : useful);
-  // Rows are handed out as threads become free, because rows that are left out cost nothing.
+  // Scheduling is dynamic because ignored rows cost almost nothing, so equal numbers of rows are
+  // not equal amounts of work.
   const int64_t wanted = kMinElementsPerThread / params.columns + 1;
   const int64_t chunk = wanted < rows ? wanted : rows;
-  // Allocated before any thread starts, where running out of memory can still be an error.
+  // The allocation precedes the parallel region, where std::bad_alloc can still be reported.
   const std::unique_ptr<char[]> workspaces(new char[threads * workspace_bytes]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

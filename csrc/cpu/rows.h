@@ -1,4 +1,5 @@
-// What forward.cpp and backward.cpp share: how a row is seen.
+// Shared by forward.cpp and backward.cpp: the dispatch on storage type and kind of kernel, and the
+// reader that presents a row as blocks of registers.
 #pragma once
 
 #include <cmath>
@@ -9,12 +10,13 @@
 
 namespace caref::cpu::CAREF_ISA {
 
-// Calls visitor(kind) with the kind of kernel that the mask and the exponents of `params` need.
+// Calls visitor(kind) with the kind of kernel that the top-k mask and the exponents of `params`
+// need.
 template <typename Visitor>
 void visit_kind(const RowParams& params, Visitor visitor) {
   visit_exponents(params, [&](auto kind) {
     if constexpr (decltype(kind)::kSced) {
-      if (params.is_masked()) return visitor(Masked<decltype(kind)>{});
+      if (params.has_topk_mask()) return visitor(TopKMasked<decltype(kind)>{});
     }
     visitor(kind);
   });
@@ -35,13 +37,12 @@ void visit_storage(DType dtype, Visitor visitor) {
   }
 }
 
-// 1024 columns: a few KiB, so the second look at a block comes from the first-level cache, and a
-// float32 lane adds at most 256 elements (4 lanes) before its sum is folded into double.
+// 1024 columns are a few KiB, so when a block is read a second time it is still in the first-level
+// cache; and a float32 lane adds at most 256 elements (4 lanes) before its sum is added in double.
 constexpr int64_t kBlock = 1024;
 
-// A row as the kernels read it: blocks of whole registers, and the tail of the row, padded with
-// -inf, as a last block of one register.  One column can be left out of a block: it then reads as
-// -inf too.
+// A row as a sequence of blocks of whole registers.  The tail of the row is a last block of one
+// register, padded with -inf.  One column of a block can be excluded: it then reads as -inf too.
 template <typename S>
 class BlockReader {
  public:
@@ -75,7 +76,7 @@ class BlockReader {
 
   bool contains(int64_t column) const { return column >= start_ && column < end_; }
 
-  // Leaves one column of the current block out: how the arg-max stays out of every sum.
+  // Excludes one column of the current block from every sum; this is used for the arg-max.
   void exclude(int64_t column) {
     excluded_ = (column - start_) / kLanes;
     patched_ = (*this)[excluded_];
@@ -94,10 +95,10 @@ class BlockReader {
     for (; i < registers_; ++i) visit(i, body);
   }
 
-  // The largest value of the current block.  NaN never wins: it reaches the result through the
-  // sums.
+  // The largest value of the current block.  A NaN is never the maximum; it makes the row NaN
+  // through the sums.
   T maximum() const {
-    constexpr int kChains = 4;  // a single chain would wait for the latency of each comparison
+    constexpr int kChains = 4;  // independent chains hide the latency of the comparisons
     Vec<T> largest[kChains];
     for (int chain = 0; chain < kChains; ++chain)
       largest[chain] = splat<T>(-std::numeric_limits<T>::infinity());
@@ -133,9 +134,8 @@ class BlockReader {
  private:
   CAREF_HD Vec<T> operator[](int64_t index) const { return load(values_ + index * kLanes); }
 
-  // Fetches the same place of the next block: the look for its maximum would otherwise wait for
-  // memory that has been idle during the arithmetic of this one.  An address past the row is
-  // harmless here.
+  // Prefetches the same position of the next block while this one is summed; otherwise the search
+  // for the next maximum would wait for memory.  Prefetching an address past the row has no effect.
   template <typename Body>
   CAREF_HD void visit(int64_t index, Body& body) const {
     __builtin_prefetch(reinterpret_cast<const void*>(

@@ -1,6 +1,7 @@
-// Selection in three steps.  A sample of the row brackets the threshold; one pass lists the columns
-// inside the bracket and counts those above; bisection over the keys finds the threshold in the
-// list.  Where the sample misleads, the whole row is the list: slower, and as exact.
+// Selection in three steps.  A sample of the row gives a bracket of the threshold; one pass lists
+// the columns inside the bracket and counts those above it; bisection over the keys finds the
+// threshold in the list.  If the bracket turns out not to hold the threshold, the whole row is
+// listed, which is slower and gives the same result.
 #include "select.h"
 
 #include <cmath>
@@ -9,15 +10,16 @@
 namespace caref::cpu::CAREF_ISA {
 namespace {
 
-// Rows up to here are listed whole: their bisection takes less time than a sample.
+// Rows of at most this many columns are listed whole, because bisection of the whole row takes less
+// time than a sample.
 constexpr int64_t kShortRow = 4096;
 // Registers of the sample, spread evenly over the row.
 constexpr int64_t kSampledRegisters = 128;
-// The ranks of the bracket are this many standard deviations, and as many places, off the expected
-// rank.
+// The ranks of the bracket differ from the expected rank by this many standard deviations plus this
+// many ranks.
 constexpr double kMargin = 4.0;
-// Up to here the list is kept whole, with everything above the threshold, and summed instead of the
-// row.  It fits the first-level cache.
+// A list of at most this many keys is not shrunk during the search.  It then still holds every
+// column above the threshold and is summed instead of the row.  It fits the first-level cache.
 constexpr int64_t kShortList = 8192;
 
 #if defined(__AVX512F__)
@@ -49,8 +51,8 @@ CAREF_HD unsigned lane_bits(Keys<double> chosen) {
     bits |= static_cast<unsigned>(chosen[lane] & 1) << lane;
   return bits;
 }
-// Writes the chosen lanes to `out`, one after another, and returns their number; up to a whole
-// register after them is overwritten.
+// Writes the chosen lanes to `out` contiguously and returns their number.  Up to a whole register
+// after them may be overwritten.
 template <typename K, typename V>
 CAREF_HD int64_t append(K* out, V keys, V chosen) {
   unsigned bits = lane_bits(chosen);
@@ -72,7 +74,7 @@ CAREF_HD int64_t lane_sum(Keys<T> lanes) {
   return sum;
 }
 
-// Lists the columns with keys in [low, high]; `above` counts those with larger ones.
+// Lists the keys in [low, high] of a row; `above` counts the larger ones.
 template <typename S, typename T = typename Storage<S>::Arithmetic>
 int64_t list_columns(const S* row, int64_t columns, Key<T> low, Key<T> high, Key<T>* out,
                      int64_t& above) {
@@ -135,15 +137,15 @@ Key<T> least_from(const Key<T>* list, int64_t size, Key<T> low) {
 }
 
 // The rank-th largest of the listed keys, 1 <= rank <= size.  Every step halves the interval of
-// keys that holds it; a long list is shrunk to that interval now and then, which loses the keys
-// above it.
+// keys that contains it.  A long list is shrunk to that interval whenever less than half of it is
+// inside, which drops the keys above the interval.
 template <typename T>
 Selection<T> search(Key<T>* list, int64_t size, int64_t rank) {
   using Unsigned = std::make_unsigned_t<Key<T>>;
   const bool is_short = size <= kShortList;
   Key<T> low = -kInfinityKey<T>, high = kInfinityKey<T>;  // the threshold is in [low, high]
   int64_t from_low = size, beyond_high = 0;               // counts of keys >= low and > high
-  int64_t dropped = 0;                                    // those > high that the list has lost
+  int64_t dropped = 0;                                    // keys > high that were dropped
   while (low < high) {
     const Unsigned width = static_cast<Unsigned>(high) - static_cast<Unsigned>(low);
     const Key<T> middle = static_cast<Key<T>>(static_cast<Unsigned>(low) + width / 2 + (width & 1));
@@ -151,7 +153,7 @@ Selection<T> search(Key<T>* list, int64_t size, int64_t rank) {
     if (count >= rank) {
       low = middle;
       from_low = count;
-      if (count == rank) {  // the smallest of these is the one, without the steps that are left
+      if (count == rank) {  // the smallest of these keys is the result, so the search can stop
         low = high = least_from<T>(list, size, middle);
       }
     } else {
@@ -168,7 +170,8 @@ Selection<T> search(Key<T>* list, int64_t size, int64_t rank) {
   return {low, above, equal, is_short ? list : nullptr, size};
 }
 
-// Keys between which the threshold of rank k of the whole row is expected; [-inf, inf] at worst.
+// The interval of keys in which the k-th largest key of the whole row is expected; at worst
+// [-inf, inf].
 template <typename S, typename T = typename Storage<S>::Arithmetic>
 void bracket(const S* row, int64_t columns, int64_t k, Key<T>* workspace, Key<T>& low,
              Key<T>& high) {

@@ -1,6 +1,7 @@
-// The k largest logits of a row: their threshold and the counts above and at it, exactly, without a
-// sort.  Comparisons are of integer keys, in the order of the values, so they see subnormals, which
-// the arithmetic of the kernels flushes, and take at most as many steps as a key has bits.
+// The k largest logits of a row: the threshold and the numbers of columns above it and equal to it,
+// exactly, without a sort.  The search compares integer keys that have the order of the values.
+// Keys distinguish subnormal values, which the arithmetic of the kernels flushes to 0, and the
+// search takes at most as many steps as a key has bits.
 #pragma once
 
 #include "lanes.h"
@@ -25,12 +26,13 @@ constexpr Key<T> kSignBit = static_cast<Key<T>>(uint64_t{1} << (8 * sizeof(T) - 
 template <typename T>
 constexpr Key<T> kInfinityKey =
     static_cast<Key<T>>(sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000);
-// Below the key of every value, -inf among them.  Not the least integer, which values_of could not
-// negate.
+// A key below the keys of all values, including -inf.  It is not the least integer, because
+// values_of negates keys.
 template <typename T>
 constexpr Key<T> kNoKey = -kInfinityKey<T> - 1;
 
-// The magnitude's bits with the value's sign: -0.0 and 0.0 have the same key.  Undone by values_of.
+// The bits of the magnitude as an integer with the sign of the value, so -0.0 and 0.0 have the same
+// key.  values_of is the inverse.
 template <typename T>
 CAREF_HD Keys<T> keys_of(Vec<T> values) {
   const Keys<T> bits = bit_cast<Keys<T>>(values), sign = bits >> (8 * sizeof(T) - 1);
@@ -64,20 +66,20 @@ CAREF_HD Keys<T> load_keys(const Key<T>* from) {
   return keys;
 }
 
-// What select_top finds.
+// The result of select_top.
 template <typename T>
 struct Selection {
-  Key<T> threshold;  // of the k-th largest
+  Key<T> threshold;  // the k-th largest key
   int64_t above;     // columns with a larger key
   int64_t equal;     // columns with this key
-  // Keys of some columns, among them all those above the threshold, and kNoKey up to a whole
-  // register; null if the row is to be read again instead.
+  // A list that includes every key above the threshold, padded with kNoKey to a whole register;
+  // null if the caller has to read the row again instead.
   Key<T>* listed;
   int64_t size;
 };
 
-// The k-th largest of the columns, 1 <= k <= columns; no column is NaN.  The workspace holds
-// the row's keys and a few registers more (launch.cpp).
+// Finds the k-th largest of the columns, 1 <= k <= columns; no column may be NaN.  The workspace
+// has room for the keys of the row and a few registers more (launch.cpp).
 template <typename S, typename T = typename Storage<S>::Arithmetic>
 Selection<T> select_top(const S* row, int64_t columns, int64_t k, Key<T>* workspace);
 

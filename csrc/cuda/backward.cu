@@ -1,9 +1,10 @@
-// The gradient of rows: one read, one write.  p is computed again from the logits; the three term
-// gradients are scaled by the row's incoming gradient and added in T, and rounded once.
+// The gradient of rows, with one read and one write of each element.  p is recomputed from the
+// logits; the gradients of the three terms are scaled by the row's incoming gradient, added in T,
+// and rounded once.
 //
-// A thread reads a vector before it writes it, and the one other column that its block looks at,
-// the label, before any write: the gradient may overwrite the logits.  Compiled once per storage
-// type, which is the macro CAREF_STORAGE.
+// The gradient may overwrite the logits: every thread reads a vector before it writes it, and the
+// label, the only other column that a block reads, is read before any write.  This file is compiled
+// once per storage type, which is the macro CAREF_STORAGE.
 #include "keys.cuh"
 #include "launch.cuh"
 
@@ -14,23 +15,23 @@ using S = CAREF_STORAGE;
 using T = S::Arithmetic;
 using Element = S::Element;
 
-// Vectors that a thread has in flight, read before any of them is written.
+// Vectors that a thread loads before it writes any of them.
 constexpr int kBatch = 4;
 
-// What the columns of a row need: p (constant + kl y + sced f') - e share top_slope, where the last
-// term is for exponents without an expansion.
+// The constants of p (constant + kl y + sced f') - e inverse_residual top_slope, the gradient of a
+// column.  The last term is used only for exponents without a one-pass form.
 struct ColumnConstants {
   T maximum, inverse_d, c, constant, kl, sced;
-  T share, top_slope;  // kept apart where the product with 1/r could overflow
+  T inverse_residual, top_slope;  // two factors, because their product could overflow
 };
 
-// The mask of a row: w of a column from its key, among those of T.
-struct RowMask {
+// The top-k mask of a row: the weight of a column follows from its key.
+struct TopKMask {
   KeyOf<T> threshold;
   double tie_weight;
 
-  __device__ RowMask(const RowParams& params, int64_t row) {
-    const T* stats = static_cast<const T*>(params.stats) + row * kNumMaskedStatistics;
+  __device__ TopKMask(const RowParams& params, int64_t row) {
+    const T* stats = static_cast<const T*>(params.stats) + row * kNumTopKStatistics;
     threshold = key_of(stats[kThreshold]);
     tie_weight = static_cast<double>(stats[kTieWeight]);
   }
@@ -41,12 +42,12 @@ struct RowMask {
   }
 };
 
-struct MaskedConstants : ColumnConstants {
+struct TopKConstants : ColumnConstants {
   KeyOf<T> threshold;
-  T tied_sced;  // sced times the weight of a column at the threshold
+  T tied_sced;  // sced times the weight of a column that equals the threshold
 };
 template <typename Kind>
-using ConstantsOf = std::conditional_t<kIsMasked<Kind>, MaskedConstants, ColumnConstants>;
+using ConstantsOf = std::conditional_t<kIsTopKMasked<Kind>, TopKConstants, ColumnConstants>;
 
 template <typename Kind>
 __device__ ConstantsOf<Kind> column_constants(const RowBackward<T>& row) {
@@ -62,7 +63,7 @@ __device__ ConstantsOf<Kind> column_constants(const RowBackward<T>& row) {
     if (Kind::kOnePass) {
       sum += row.top_slope / row.constants.q_top;  // beta is an integer: p_a f'_a is finite
     } else {
-      constants.share = static_cast<T>(1.0 / row.constants.residual);
+      constants.inverse_residual = static_cast<T>(1.0 / row.constants.residual);
       constants.top_slope = static_cast<T>(row.grad_sced * row.top_slope);
     }
   }
@@ -71,10 +72,10 @@ __device__ ConstantsOf<Kind> column_constants(const RowBackward<T>& row) {
   return constants;
 }
 
-// The incoming gradient of SCED times the column's weight in the mask.
+// The incoming gradient of SCED times the column's weight in the top-k mask.
 template <typename Kind>
 __device__ __forceinline__ T weighted_sced(T z, const ConstantsOf<Kind>& row) {
-  if constexpr (kIsMasked<Kind>) {
+  if constexpr (kIsTopKMasked<Kind>) {
     const KeyOf<T> key = key_of(z);
     const T tied = key == row.threshold ? row.tied_sced : T(0);
     return key > row.threshold ? row.sced : tied;
@@ -83,13 +84,14 @@ __device__ __forceinline__ T weighted_sced(T z, const ConstantsOf<Kind>& row) {
   }
 }
 
-// The gradient of every column but the arg-max and the label, which are written again.
+// The gradient of a column.  It does not hold for the arg-max and the label columns, which are
+// overwritten afterwards.
 template <typename Kind>
 __device__ __forceinline__ T column_gradient(T z, const ConstantsOf<Kind>& row,
                                              const Exponents& exponents) {
   const T shift = z - row.maximum;
-  const T e = exponential(shift);  // NaN passes here
-  const T y = clamp_shift(shift);  // and not here
+  const T e = exponential(shift);  // propagates NaN
+  const T y = clamp_shift(shift);  // does not propagate NaN
   const T p = e * row.inverse_d;
   T inner = row.kl * y + row.constant;
   if constexpr (Kind::kOnePass) {
@@ -97,15 +99,15 @@ __device__ __forceinline__ T column_gradient(T z, const ConstantsOf<Kind>& row,
              even_slope<Kind::Sums::kAlpha, Kind::Sums::kBeta>(p, y - row.c);
   } else if constexpr (Kind::kSced) {
     const T q = 1 - p, sced = weighted_sced<Kind>(z, row);
-    if (!kIsMasked<Kind> || sced != 0) {
+    if (!kIsTopKMasked<Kind> || sced != 0) {
       inner += sced * (sced_slope<T>(p, y - row.c, q, exponents) / q);
     }
-    return p * inner - e * row.share * row.top_slope;
+    return p * inner - e * row.inverse_residual * row.top_slope;
   }
   return p * inner;
 }
 
-// What thread 0 finds out for its block.
+// Results of the set-up by thread 0, for its block.
 enum Flag : int { kMode = 0, kTopColumn = 1, kLabelColumn = 2, kNumFlags = 3 };
 enum Mode : int { kGradient = 0, kZero = 1, kPoison = 2 };
 
@@ -117,35 +119,36 @@ struct GradientMemory {
   static constexpr int kBytes = kFlags + kNumFlags * static_cast<int>(sizeof(int));
 
   SharedArray<Constants> constants;
-  SharedArray<double> values;  // gradients of the arg-max and the label
+  SharedArray<double> values;  // the gradients of the arg-max and label columns
   SharedArray<int> flags;
 
   __device__ explicit GradientMemory(unsigned char* memory)
       : constants(memory, 0), values(memory, kValues), flags(memory, kFlags) {}
 };
 
-// The set-up of a block, by thread 0: what its columns need, and the two gradients with a form of
-// their own if their columns are in this slice (-1 if not).
+// The set-up of a block by thread 0: the constants of the columns, and the gradients of the arg-max
+// and label columns if these columns are in this split (their index is -1 if not).
 template <typename Kind>
-__device__ void set_up(const RowParams& params, const Place& place, const Element* share,
+__device__ void set_up(const RowParams& params, const BlockIndex& block, const Element* logits,
                        const GradientMemory<ConstantsOf<Kind>>& shared) {
-  const Target target = target_of(params, place.row);
+  const Target target = target_of(params, block.row);
   shared.flags[kTopColumn] = shared.flags[kLabelColumn] = -1;
-  if (!target.counts || is_outside(target, params.columns)) {
+  if (!target.is_valid || is_outside(target, params.columns)) {
     shared.flags[kMode] = kZero;
     return;
   }
   const Exponents exponents = Kind::exponents(params);
-  RowBackward<T> row(params, place.row, target, exponents);
+  RowBackward<T> row(params, block.row, target, exponents);
   if (!row.is_usable(params.columns)) {
     shared.flags[kMode] = kPoison;
     return;
   }
   shared.flags[kMode] = kGradient;
   double label_weight = 1.0;
-  if constexpr (kIsMasked<Kind>) {
-    // The arg-max column itself may lie in a slice whose gradient is written already.
-    const RowMask mask(params, place.row);
+  if constexpr (kIsTopKMasked<Kind>) {
+    // The weight follows from the stored maximum, because another block may already have
+    // overwritten the arg-max column.
+    const TopKMask mask(params, block.row);
     row.top_slope *= mask.weight(row.maximum);
     ConstantsOf<Kind> constants = column_constants<Kind>(row);
     constants.threshold = mask.threshold;
@@ -154,47 +157,47 @@ __device__ void set_up(const RowParams& params, const Place& place, const Elemen
   } else {
     shared.constants[0] = column_constants<Kind>(row);
   }
-  const int64_t top = row.argmax - place.begin;
-  if (top >= 0 && top < place.columns) {
+  const int64_t top = row.argmax - block.begin;
+  if (top >= 0 && top < block.columns) {
     shared.values[0] = row.top(target);
     shared.flags[kTopColumn] = static_cast<int>(top);
   }
-  const int64_t label = target.label - place.begin;
-  if (target.has_label && target.label != row.argmax && label >= 0 && label < place.columns) {
-    const T logit = S::widen(share[label]);
+  const int64_t label = target.label - block.begin;
+  if (target.has_label && target.label != row.argmax && label >= 0 && label < block.columns) {
+    const T logit = S::widen(logits[label]);
     const double shift = static_cast<double>(logit) - row.maximum;
-    if constexpr (kIsMasked<Kind>) label_weight = RowMask(params, place.row).weight(logit);
+    if constexpr (kIsTopKMasked<Kind>) label_weight = TopKMask(params, block.row).weight(logit);
     shared.values[1] = row.label(shift, label_weight, exponents);
     shared.flags[kLabelColumn] = static_cast<int>(label);
   }
 }
 
-// A block for each slice of each row.
+// One block per split of each row.
 template <typename Kind>
-__global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
-    gradient_kernel(const RowParams params, const Slices slices) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
+    gradient_kernel(const RowParams params, const Splits splits) {
   CAREF_DYNAMIC_SHARED(memory);
   const GradientMemory<ConstantsOf<Kind>> shared(memory);
-  const Place place(slices, params.columns);
+  const BlockIndex block(splits, params.columns);
   const Element* logits =
-      static_cast<const Element*>(params.logits) + params.logits_offset(place.row) + place.begin;
+      static_cast<const Element*>(params.logits) + params.logits_offset(block.row) + block.begin;
   Element* gradient =
-      static_cast<Element*>(params.grad_logits) + params.out_offset(place.row) + place.begin;
-  const Share<S> share(logits, place.columns);
-  const OutShare<S> out(gradient, place.columns);
-  if (threadIdx.x == 0) set_up<Kind>(params, place, logits, shared);
+      static_cast<Element*>(params.grad_logits) + params.out_offset(block.row) + block.begin;
+  const RowChunk<S> chunk(logits, block.columns);
+  const OutputChunk<S> out(gradient, block.columns);
+  if (threadIdx.x == 0) set_up<Kind>(params, block, logits, shared);
   __syncthreads();
   const int mode = shared.flags[kMode];
   if (mode != kGradient) {
     typename S::Numbers numbers;
     CAREF_UNROLL
     for (int k = 0; k < S::kWidth; ++k) numbers.at[k] = static_cast<T>(mode == kZero ? 0.0 : kNan);
-    for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) out.store(i, S::pack(numbers));
+    for (int i = threadIdx.x; i < chunk.vectors(); i += blockDim.x) out.store(i, S::pack(numbers));
     return;
   }
   const ConstantsOf<Kind> row = shared.constants[0];
   const Exponents exponents = Kind::exponents(params);
-  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
+  for_each_vector<kBatch>(chunk, [&](const Vector& vector, int index) {
     auto numbers = S::unpack(vector);
     CAREF_UNROLL
     for (int k = 0; k < S::kWidth; ++k) {
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
     }
     out.store(index, S::pack(numbers));
   });
-  __syncthreads();  // the two columns are written after the general form of them
+  __syncthreads();  // the general form has been written before the two columns are overwritten
   if (threadIdx.x != 0) return;
   for (int i = 0; i < 2; ++i) {
     const int column = shared.flags[kTopColumn + i];
@@ -213,15 +216,16 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
 }  // namespace
 
 template <>
-Status backward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
-  Launches launches(resources.stream, plan);
+Status backward_of<S>(const RowParams& params, const LaunchConfig& config,
+                      const Resources& resources) {
+  Launches launches(resources.stream, config);
   const auto launch = [&](auto kind) {
     using Kind = decltype(kind);
-    launches.each_slice("gradient_kernel", gradient_kernel<Kind>,
+    launches.each_split("gradient_kernel", gradient_kernel<Kind>,
                         GradientMemory<ConstantsOf<Kind>>::kBytes, params);
   };
-  if (has_mask(params)) {
-    visit_masked_kinds(params, launch);
+  if (uses_topk_mask(params)) {
+    visit_topk_kinds(params, launch);
   } else {
     visit_kinds<S>(params, launch);
   }

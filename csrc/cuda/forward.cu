@@ -1,40 +1,42 @@
-// Terms and statistics of rows.  A block fetches its share of a row into shared memory while it
-// looks for the maximum, takes the arg-max column out, and sums what is left: the row is read from
-// memory once, and no sum has to be moved when a maximum rises.  Exponents without an expansion are
-// summed a second time, from shared memory again if the block has the whole row.
+// Terms and statistics of rows.  A block copies its chunk of a row into shared memory while it
+// searches for the maximum, excludes the arg-max column, and sums the rest.  The row is read from
+// memory once, and the sums never have to be moved to a larger maximum.  Exponents without a
+// one-pass form need a second pass, which reads shared memory if the block has the whole row.
 //
-// Rows that several blocks share take a second launch, which merges their sums, and for such
-// exponents two more.  Compiled once per storage type, which is the macro CAREF_STORAGE.
+// If several blocks share a row, a second launch combines their sums; exponents without a one-pass
+// form then take two more launches.  This file is compiled once per storage type, which is the
+// macro CAREF_STORAGE.
 #include "launch.cuh"
 #include "row_sums.cuh"
 
 namespace caref::cuda {
 namespace {
 
-// A partial result: maximum, its column, and the sums, residual and first moment first.
+// A partial result consists of the maximum, its column, and the sums, of which residual and first
+// moment come first.
 constexpr int kPartialHead = 2;
 template <typename Kind>
 constexpr int kPartialSize = kPartialHead + kSums<Kind>;
-constexpr int kSecondBytes = (kMostWarps + 1) * kScedSums * sizeof(double);
+constexpr int kSecondBytes = (kMaxWarps + 1) * kScedSums * sizeof(double);
 
-// Shared memory of row_kernel: small arrays, then the block's share of the row.
+// Shared memory of row_kernel: small arrays, then the block's chunk of the row.
 template <typename Kind>
 struct RowMemory {
-  static constexpr int kTotals = kMostWarps * kSums<Kind> * sizeof(double);
+  static constexpr int kTotals = kMaxWarps * kSums<Kind> * sizeof(double);
   static constexpr int kTopValues = kTotals + kSums<Kind> * sizeof(double);
-  static constexpr int kTopVectors = kTopValues + kMostWarps * sizeof(T);
-  static constexpr int kConstants = kTopVectors + kMostWarps * sizeof(int);
+  static constexpr int kTopVectors = kTopValues + kMaxWarps * sizeof(T);
+  static constexpr int kConstants = kTopVectors + kMaxWarps * sizeof(int);
   static constexpr int kFlags = kConstants + 2 * sizeof(T);
   static constexpr int kRow = (kFlags + 2 * static_cast<int>(sizeof(int)) + 15) / 16 * 16;
 
-  SharedArray<double> sums;    // an element per warp and sum
-  SharedArray<double> totals;  // an element per sum
+  SharedArray<double> sums;    // one element per warp and sum
+  SharedArray<double> totals;  // one element per sum
   SharedArray<T> top_values;
   SharedArray<int> top_vectors;
   SharedArray<T> constants;  // 1/d and c of the second pass
-  SharedArray<int> flags;    // the arg-max within the share; whether there is a second pass
+  SharedArray<int> flags;    // index of the arg-max in the chunk; whether there is a second pass
   SharedArray<Vector> row;
-  SharedArray<Element> columns;  // the same memory as `row`
+  SharedArray<Element> columns;  // aliases `row`
 
   __device__ explicit RowMemory(unsigned char* memory)
       : sums(memory, 0),
@@ -47,7 +49,7 @@ struct RowMemory {
         columns(memory, kRow) {}
 };
 
-// Adds f and p f' of a vector; `top` is the index in it that is left out, if it is one.
+// Adds f and p f' of a vector.  `top` is the index of the excluded column, if it is in the vector.
 __device__ __forceinline__ void add_sced(const Vector& vector, int top, T maximum, T inverse_d, T c,
                                          const Exponents& exponents, T (&sums)[kScedSums]) {
   const auto z = S::unpack(vector);
@@ -61,7 +63,7 @@ __device__ __forceinline__ void add_sced(const Vector& vector, int top, T maximu
   }
 }
 
-// The second pass of a block that has the whole row; thread 0 adds to its `result`.
+// The second pass of a block that has the whole row; thread 0 adds the sums to its `result`.
 template <typename Kind>
 __device__ void add_second_pass(const RowParams& params, const RowMemory<Kind>& shared, int vectors,
                                 T maximum, RowResult<T>& result) {
@@ -70,7 +72,7 @@ __device__ void add_second_pass(const RowParams& params, const RowMemory<Kind>& 
     shared.constants[1] = static_cast<T>(result.constants().c);
     shared.flags[1] = result.needs_sced();
   }
-  __syncthreads();  // the constants are there, and nobody reads the first sums any more
+  __syncthreads();  // the constants are written, and the sums of the first pass have been read
   if (!shared.flags[1]) return;
   const Exponents exponents = Kind::exponents(params);
   const T inverse_d = shared.constants[0], c = shared.constants[1];
@@ -83,30 +85,30 @@ __device__ void add_second_pass(const RowParams& params, const RowMemory<Kind>& 
   if (threadIdx.x == 0) result.add_sced(shared.totals[0], shared.totals[1], exponents);
 }
 
-// A block for each slice of each row.  If it has the whole row it finishes it.
+// One block per split of each row.  A block that has the whole row also writes its results.
 template <typename Kind>
-__global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<T, Kind>))
-    row_kernel(const RowParams params, const Slices slices, double* partials) {
+__global__ void __launch_bounds__(kMaxThreads, (kForwardBlocks<T, Kind>))
+    row_kernel(const RowParams params, const Splits splits, double* partials) {
   CAREF_DYNAMIC_SHARED(memory);
   const RowMemory<Kind> shared(memory);
-  const Place place(slices, params.columns);
-  const Target target = target_of(params, place.row);
-  const bool has_row = slices.count == 1;
-  if (!target.counts || is_outside(target, params.columns)) {
-    const double value = target.counts ? kNan : 0.0;
-    if (threadIdx.x == 0 && has_row) RowResult<T>(value).write(params, place.row);
+  const BlockIndex block(splits, params.columns);
+  const Target target = target_of(params, block.row);
+  const bool has_row = splits.count == 1;
+  if (!target.is_valid || is_outside(target, params.columns)) {
+    const double value = target.is_valid ? kNan : 0.0;
+    if (threadIdx.x == 0 && has_row) RowResult<T>(value).write(params, block.row);
     return;
   }
   const Element* logits =
-      static_cast<const Element*>(params.logits) + params.logits_offset(place.row);
-  const Share<S> share(logits + place.begin, place.columns);
-  const Top<T> own = fetch(share, shared.row);
+      static_cast<const Element*>(params.logits) + params.logits_offset(block.row);
+  const RowChunk<S> chunk(logits + block.begin, block.columns);
+  const Top<T> own = fetch(chunk, shared.row);
   const Top<T> top = block_top(own, shared.top_values, shared.top_vectors);
   const bool has_top = top.value > -kInfinity;
-  if (has_top && threadIdx.x == top.vector % blockDim.x) take_out(top, shared);
+  if (has_top && threadIdx.x == top.vector % blockDim.x) exclude_argmax(top, shared);
   const T reference = reference_of(top.value);
   ThreadSums<Kind> sums;
-  for (int i = threadIdx.x; i < share.vectors(); i += blockDim.x) {
+  for (int i = threadIdx.x; i < chunk.vectors(); i += blockDim.x) {
     const Vector vector = shared.row[i];
     const auto z = S::unpack(vector);
     CAREF_UNROLL
@@ -117,44 +119,44 @@ __global__ void __launch_bounds__(kMostThreads, (kForwardBlocks<T, Kind>))
   const int argmax = writes && has_top ? shared.flags[0] : 0;
   if (!has_row) {
     if (!writes) return;
-    double* partial = partials + (place.row * slices.count + place.slice) * kPartialSize<Kind>;
+    double* partial = partials + (block.row * splits.count + block.split) * kPartialSize<Kind>;
     partial[0] = top.value;
-    partial[1] = place.begin + argmax;
+    partial[1] = block.begin + argmax;
     for (int k = 0; k < kSums<Kind>; ++k) partial[kPartialHead + k] = shared.totals[k];
     return;
   }
   RowResult<T> result(0.0);
   if (writes) {
     const T label_logit = target.has_label ? S::widen(logits[target.label]) : T(0);
-    result = finish<Kind>(params, target, shared.totals, top.value, argmax, label_logit);
+    result = row_result<Kind>(params, target, shared.totals, top.value, argmax, label_logit);
   }
   if constexpr (Kind::kSced && !Kind::kOnePass) {
-    add_second_pass(params, shared, share.vectors(), reference, result);
+    add_second_pass(params, shared, chunk.vectors(), reference, result);
   }
-  if (writes) result.write(params, place.row);
+  if (writes) result.write(params, block.row);
 }
 
-// A warp for each row that several blocks share: merges what they found.
+// One warp per row, for rows that several blocks share: combines their partial results.
 template <typename Kind>
 __global__ void __launch_bounds__(kWarp)
-    merge_kernel(const RowParams params, const Slices slices, const double* partials) {
-  const int64_t row = slices.first_row + blockIdx.x;
+    combine_kernel(const RowParams params, const Splits splits, const double* partials) {
+  const int64_t row = splits.first_row + blockIdx.x;
   const int lane = threadIdx.x;
   const Target target = target_of(params, row);
-  if (!target.counts || is_outside(target, params.columns)) {
-    if (lane == 0) RowResult<T>(target.counts ? kNan : 0.0).write(params, row);
+  if (!target.is_valid || is_outside(target, params.columns)) {
+    if (lane == 0) RowResult<T>(target.is_valid ? kNan : 0.0).write(params, row);
     return;
   }
-  const double* const parts = partials + row * slices.count * kPartialSize<Kind>;
-  Top<double> top{-kInfinity, slices.count};
-  for (int i = lane; i < slices.count; i += kWarp) top.merge(parts[i * kPartialSize<Kind>], i);
+  const double* const parts = partials + row * splits.count * kPartialSize<Kind>;
+  Top<double> top{-kInfinity, splits.count};
+  for (int i = lane; i < splits.count; i += kWarp) top.combine(parts[i * kPartialSize<Kind>], i);
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const double value = __shfl_xor_sync(kAllLanes, top.value, step);
-    const int slice = __shfl_xor_sync(kAllLanes, top.vector, step);
-    top.merge(value, slice);
+    const int split = __shfl_xor_sync(kAllLanes, top.vector, step);
+    top.combine(value, split);
   }
   double sums[kSums<Kind>] = {};
-  for (int i = lane; i < slices.count; i += kWarp) {
+  for (int i = lane; i < splits.count; i += kWarp) {
     const double* const part = parts + i * kPartialSize<Kind>;
     PartialSums<Kind> own;
     own.residual = part[kPartialHead];
@@ -163,8 +165,8 @@ __global__ void __launch_bounds__(kWarp)
       CAREF_UNROLL
       for (int k = 0; k < Kind::kMoments; ++k) own.moments.sum[k] = part[kPartialHead + 2 + k];
     }
-    // The first slice with the maximum keeps its column out; every other one has left out a column
-    // that belongs in, unless it has nothing but -inf.
+    // The arg-max of the row is the one of the first split with the maximum, and stays excluded.
+    // Every other split has excluded a column that must be readmitted, unless it has only -inf.
     if (i != top.vector && part[0] > -kInfinity) own.raise(part[0] - top.value);
     sums[0] += own.residual;
     sums[1] += own.first_moment;
@@ -183,50 +185,50 @@ __global__ void __launch_bounds__(kWarp)
   const Element* logits = static_cast<const Element*>(params.logits) + params.logits_offset(row);
   const double label_logit = target.has_label ? S::widen(logits[target.label]) : 0.0;
   const auto argmax = static_cast<int64_t>(parts[top.vector * kPartialSize<Kind> + 1]);
-  finish<Kind>(params, target, sums, top.value, argmax, label_logit).write(params, row);
+  row_result<Kind>(params, target, sums, top.value, argmax, label_logit).write(params, row);
 }
 
-// A block for each slice of each row: its share of the second pass, from the statistics that the
-// merge has written.
-__global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
-    second_kernel(const RowParams params, const Slices slices, double* sced_partials) {
+// One block per split of each row: the second pass over its columns, from the statistics that
+// combine_kernel has written.
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>)
+    second_kernel(const RowParams params, const Splits splits, double* sced_partials) {
   CAREF_DYNAMIC_SHARED(memory);
   const SharedArray<double> scratch(memory, 0);
-  const SharedArray<double> totals(memory, kMostWarps * kScedSums * sizeof(double));
-  const Place place(slices, params.columns);
-  const Target target = target_of(params, place.row);
-  const SavedRow<T> saved(params, place.row);
-  if (!target.counts || !saved.needs_sced(params.columns)) return;
+  const SharedArray<double> totals(memory, kMaxWarps * kScedSums * sizeof(double));
+  const BlockIndex block(splits, params.columns);
+  const Target target = target_of(params, block.row);
+  const SavedRow<T> saved(params, block.row);
+  if (!target.is_valid || !saved.needs_sced(params.columns)) return;
   const Exponents exponents(params.alpha, params.beta);
   const RowConstants<T> constants(saved.residual, static_cast<double>(params.vocab_size));
   const T inverse_d = static_cast<T>(constants.p_top), c = static_cast<T>(constants.c);
-  const Share<S> share(
-      static_cast<const Element*>(params.logits) + params.logits_offset(place.row) + place.begin,
-      place.columns);
-  const int top = static_cast<int>(saved.argmax) - place.begin;
+  const RowChunk<S> chunk(
+      static_cast<const Element*>(params.logits) + params.logits_offset(block.row) + block.begin,
+      block.columns);
+  const int top = static_cast<int>(saved.argmax) - block.begin;
   T sums[kScedSums] = {};
-  for_each_vector<1>(share, [&](const Vector& vector, int index) {
+  for_each_vector<1>(chunk, [&](const Vector& vector, int index) {
     add_sced(vector, top - index * S::kWidth, saved.maximum, inverse_d, c, exponents, sums);
   });
   block_sums(sums, scratch, totals);
   if (threadIdx.x != 0) return;
-  double* out = sced_partials + (place.row * slices.count + place.slice) * kScedSums;
+  double* out = sced_partials + (block.row * splits.count + block.split) * kScedSums;
   out[0] = totals[0];
   out[1] = totals[1];
 }
 
-// A thread for each row: adds up the second pass.
-__global__ void __launch_bounds__(kMostThreads)
-    add_kernel(const RowParams params, const Slices slices, const double* sced_partials) {
+// One thread per row: combines the sums of the second pass.
+__global__ void __launch_bounds__(kMaxThreads)
+    combine_sced_kernel(const RowParams params, const Splits splits, const double* sced_partials) {
   const int64_t row =
-      slices.first_row + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= params.rows() || !target_of(params, row).counts) return;
+      splits.first_row + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= params.rows() || !target_of(params, row).is_valid) return;
   const SavedRow<T> saved(params, row);
   if (!saved.needs_sced(params.columns)) return;
   double density = 0.0, slope = 0.0;
-  for (int i = 0; i < slices.count; ++i) {
-    density += sced_partials[(row * slices.count + i) * kScedSums];
-    slope += sced_partials[(row * slices.count + i) * kScedSums + 1];
+  for (int i = 0; i < splits.count; ++i) {
+    density += sced_partials[(row * splits.count + i) * kScedSums];
+    slope += sced_partials[(row * splits.count + i) * kScedSums + 1];
   }
   const RowConstants<T> constants(saved.residual, static_cast<double>(params.vocab_size));
   const double top = sced_density(constants.p_top, -constants.c, constants.q_top,
@@ -236,50 +238,52 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 template <typename Kind>
-Status forward_rows(const RowParams& params, const Plan& plan, const Resources& resources) {
-  const int row_bytes = RowMemory<Kind>::kRow + plan.share_bytes(sizeof(Element));
+Status forward_rows(const RowParams& params, const LaunchConfig& config,
+                    const Resources& resources) {
+  const int row_bytes = RowMemory<Kind>::kRow + config.chunk_bytes(sizeof(Element));
   auto* const partials = static_cast<double*>(resources.workspace);
   const int64_t rows = params.rows();
-  Launches launches(resources.stream, plan);
-  launches.each_slice("row_kernel", row_kernel<Kind>, row_bytes, params, partials);
-  if (plan.slices == 1) return launches.status();
-  launches.each_row("merge_kernel", merge_kernel<Kind>, kWarp, 1, params,
+  Launches launches(resources.stream, config);
+  launches.each_split("row_kernel", row_kernel<Kind>, row_bytes, params, partials);
+  if (config.splits == 1) return launches.status();
+  launches.each_row("combine_kernel", combine_kernel<Kind>, kWarp, 1, params,
                     const_cast<const double*>(partials));
   if (Kind::kSced && !Kind::kOnePass) {
-    double* const sced = partials + rows * plan.slices * kPartialSize<Kind>;
-    launches.each_slice("second_kernel", second_kernel, kSecondBytes, params, sced);
-    launches.each_row("add_kernel", add_kernel, kMostThreads, kMostThreads, params,
+    double* const sced = partials + rows * config.splits * kPartialSize<Kind>;
+    launches.each_split("second_kernel", second_kernel, kSecondBytes, params, sced);
+    launches.each_row("combine_sced_kernel", combine_sced_kernel, kMaxThreads, kMaxThreads, params,
                       const_cast<const double*>(sced));
   }
   return launches.status();
 }
 
-// The kind of the sums.
+// Calls visitor(kind) with the kind of the first pass: with a top-k mask it leaves SCED out.
 template <typename Visitor>
 void visit_sums(const RowParams& params, Visitor visitor) {
-  if (has_mask(params)) return visitor(NoSced{});
+  if (uses_topk_mask(params)) return visitor(NoSced{});
   visit_kinds<S>(params, visitor);
 }
 
 }  // namespace
 
 template <>
-Status forward_of<S>(const RowParams& params, const Plan& plan, const Resources& resources) {
+Status forward_of<S>(const RowParams& params, const LaunchConfig& config,
+                     const Resources& resources) {
   Status status;
   visit_sums(params,
-             [&](auto kind) { status = forward_rows<decltype(kind)>(params, plan, resources); });
+             [&](auto kind) { status = forward_rows<decltype(kind)>(params, config, resources); });
   return status;
 }
 
 template <>
-int64_t forward_workspace_of<S>(const RowParams& params, const Plan& plan) {
+int64_t forward_workspace_of<S>(const RowParams& params, const LaunchConfig& config) {
   int64_t doubles = 0;
   visit_sums(params, [&](auto kind) {
     using Kind = decltype(kind);
     const bool second = Kind::kSced && !Kind::kOnePass;
     doubles = kPartialSize<Kind> + (second ? kScedSums : 0);
   });
-  return plan.slices == 1 ? 0 : params.rows() * plan.slices * doubles * int64_t{sizeof(double)};
+  return config.splits == 1 ? 0 : params.rows() * config.splits * doubles * int64_t{sizeof(double)};
 }
 
 }  // namespace caref::cuda

@@ -1,4 +1,4 @@
-// The entry points of the CUDA half, for bindings.cpp: no CUDA header is needed to include this.
+// The entry points of the CUDA kernels for bindings.cpp; including this file needs no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -7,24 +7,25 @@
 
 namespace caref::cuda {
 
-// What became of a call: `kernel` is the name of the kernel whose launch failed, or of the runtime
-// function that did, and `error` what the runtime says about it; both are null after a success.
-// Launches are asynchronous: an error inside a kernel is reported by a later call.
+// The outcome of a call: the name of the kernel whose launch failed, or of the runtime function
+// that failed, and the runtime's description of the error.  Both are null after a success. Launches
+// are asynchronous, so an error inside a kernel is reported by a later call.
 struct Status {
   const char* kernel = nullptr;
   const char* error = nullptr;
 };
 
-// What one call may use besides its tensors.
+// The stream of a call and its memory besides the tensors.
 struct Resources {
   void* stream = nullptr;     // of the current device
   void* workspace = nullptr;  // of forward_workspace() bytes, 8-byte aligned
 };
 
-// Bytes of device memory that forward() needs for rows that several blocks share; 0 is common.
+// Bytes of device memory that forward() needs for the partial results of rows that several blocks
+// share; usually 0.
 Status forward_workspace(const RowParams& params, int64_t& bytes);
 
-// Terms and statistics, or the gradient, of every row.
+// Launch the kernels for the terms and statistics, or for the gradient, of every row.
 Status forward(const RowParams& params, const Resources& resources);
 Status backward(const RowParams& params, const Resources& resources);
 

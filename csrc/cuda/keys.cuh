@@ -1,6 +1,6 @@
-// Logits as integers in their order, for top-k masks: comparisons of these see subnormal numbers,
-// which comparisons of floats take for 0 (-ftz), and a search over them takes at most as many steps
-// as a key has bits.
+// Integer keys that have the order of the logits, for top-k masks.  Unlike comparisons of floats
+// under -ftz, comparisons of keys distinguish subnormal numbers from 0; and a search over keys
+// takes at most as many steps as a key has bits.
 #pragma once
 
 #include "storage.cuh"
@@ -22,13 +22,14 @@ struct KeyTypes<8> {
   using Bits = uint64_t;
   using Key = uint64_t;
 };
-// An element, and what compares as it does.
+// The bits of an element, and the integer type of its key.
 template <typename Element>
 using BitsOf = typename KeyTypes<sizeof(Element)>::Bits;
 template <typename Element>
 using KeyOf = typename KeyTypes<sizeof(Element)>::Key;
 
-// The key of 0.0, and of -0.0: the magnitudes lie to both sides of it.
+// The key of 0.0 and of -0.0.  Keys of positive numbers are larger and those of negative numbers
+// smaller, by the magnitude of the number.
 template <typename Element>
 constexpr KeyOf<Element> kZeroKey = KeyOf<Element>{1} << (8 * sizeof(Element) - 1);
 

@@ -1,23 +1,25 @@
-// The plan of a call, and the choice of the kernels by storage type.
+// The launch configuration of a call, and the choice of the kernels by storage type.
 #include "launch.cuh"
 
 namespace caref::cuda {
 namespace {
 
-// A block's own use of shared memory, and the kilobyte that the hardware takes.
+// Shared memory of a block besides the row: its small arrays, and the kilobyte that the hardware
+// reserves.
 constexpr int kReservedBytes = 3 * 1024;
-// Columns below which a slice is not worth a block and its place in the merge.
-constexpr int kLeastSliceColumns = 4096;
-// Columns that a thread may sum in float32.
-constexpr int kMostThreadColumns = 256;
-// Vectors of a thread below which a smaller block wastes less.
-constexpr int kLeastThreadVectors = 4;
-// Longer lists of a thread would hold keys that the bracket leaves out.
-constexpr int kMostDepth = 64;
-// Threads of a block below which a histogram takes longer to search than a row to count.
-constexpr int kLeastMaskThreads = 128;
-// Bytes of a backward slice: sixteen vectors of a thread repay the dozen divisions of its block.
-constexpr int kBackwardSliceBytes = 64 * 1024;
+// A split of fewer columns costs more, in its block and in the combination, than it saves.
+constexpr int kMinSplitColumns = 4096;
+// A thread sums at most this many columns in float32, to bound the rounding error.
+constexpr int kMaxThreadColumns = 256;
+// If a thread would have fewer vectors, a smaller block is used.
+constexpr int kMinThreadVectors = 4;
+// Longer lists would not be filled, because the bracket leaves fewer keys to a thread.
+constexpr int kMaxDepth = 64;
+// With fewer threads in a block, searching the histogram would take longer than counting the row.
+constexpr int kMinTopKThreads = 128;
+// Bytes of a split in the backward: sixteen vectors per thread amortise the dozen float64 divisions
+// in the set-up of a block.
+constexpr int kBackwardSplitBytes = 64 * 1024;
 
 int element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -25,26 +27,28 @@ int element_bytes(DType dtype) {
 
 int64_t ceiling(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// At most `most_columns` to a slice, and `blocks` slices in all if the rows are long enough.
-Plan plan_of(const RowParams& params, const Device& device, int64_t most_columns, int64_t blocks) {
+// Splits of at most `max_columns` columns, and at least `blocks` of them in total if the rows are
+// long enough.
+LaunchConfig config_of(const RowParams& params, const Device& device, int64_t max_columns,
+                       int64_t blocks) {
   const int width = kVectorBytes / element_bytes(params.logits_dtype);
-  int64_t slices = ceiling(params.columns, most_columns);
-  if (params.rows() * slices < blocks) {
+  int64_t splits = ceiling(params.columns, max_columns);
+  if (params.rows() * splits < blocks) {
     const int64_t wanted = ceiling(blocks, params.rows());
-    const int64_t sensible = ceiling(params.columns, kLeastSliceColumns);
+    const int64_t sensible = ceiling(params.columns, kMinSplitColumns);
     const int64_t more = wanted < sensible ? wanted : sensible;
-    if (more > slices) slices = more;
+    if (more > splits) splits = more;
   }
-  const int64_t columns = ceiling(ceiling(params.columns, slices), width) * width;
-  Plan plan;
-  plan.columns = static_cast<int>(columns);
-  plan.slices = static_cast<int>(ceiling(params.columns, columns));
-  plan.threads = kWarp;
-  while (plan.threads < kMostThreads && plan.threads * width * kLeastThreadVectors < columns) {
-    plan.threads *= 2;
+  const int64_t columns = ceiling(ceiling(params.columns, splits), width) * width;
+  LaunchConfig config;
+  config.columns = static_cast<int>(columns);
+  config.splits = static_cast<int>(ceiling(params.columns, columns));
+  config.threads = kWarp;
+  while (config.threads < kMaxThreads && config.threads * width * kMinThreadVectors < columns) {
+    config.threads *= 2;
   }
-  plan.most_blocks = device.most_blocks;
-  return plan;
+  config.max_blocks = device.max_blocks;
+  return config;
 }
 
 Status device_of_call(Device& device) {
@@ -56,7 +60,7 @@ Status device_of_call(Device& device) {
   get(&device.multiprocessors, cudaDevAttrMultiProcessorCount);
   get(&device.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   get(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(&device.most_blocks, cudaDevAttrMaxGridDimX);
+  get(&device.max_blocks, cudaDevAttrMaxGridDimX);
   if (error == cudaSuccess) return {};
   return {"cudaDeviceGetAttribute", cudaGetErrorString(error)};
 }
@@ -78,46 +82,46 @@ void visit_storage(DType dtype, Visitor visitor) {
 
 }  // namespace
 
-int Device::share_bytes(int blocks) const {
+int Device::chunk_bytes(int blocks) const {
   const int fair = shared_per_multiprocessor / blocks;
   const int bytes = (fair < shared_per_block ? fair : shared_per_block) - kReservedBytes;
   return bytes / kVectorBytes * kVectorBytes;
 }
 
-Plan forward_plan(const RowParams& params, const Device& device) {
+LaunchConfig forward_config(const RowParams& params, const Device& device) {
   const int bytes = element_bytes(params.logits_dtype);
   const int blocks = bytes == 8 ? kBlocks<double> : kBlocks<float>;
-  int64_t most = device.share_bytes(blocks) / bytes;
-  if (most > kMostThreads * kMostThreadColumns) most = kMostThreads * kMostThreadColumns;
-  return plan_of(params, device, most, int64_t{blocks} * device.multiprocessors);
+  int64_t most = device.chunk_bytes(blocks) / bytes;
+  if (most > kMaxThreads * kMaxThreadColumns) most = kMaxThreads * kMaxThreadColumns;
+  return config_of(params, device, most, int64_t{blocks} * device.multiprocessors);
 }
 
-Plan backward_plan(const RowParams& params, const Device& device) {
+LaunchConfig backward_config(const RowParams& params, const Device& device) {
   const int bytes = element_bytes(params.logits_dtype);
   const int blocks = bytes == 8 ? kBlocks<double> : kBlocks<float>;
-  return plan_of(params, device, kBackwardSliceBytes / bytes,
-                 int64_t{blocks} * device.multiprocessors);
+  return config_of(params, device, kBackwardSplitBytes / bytes,
+                   int64_t{blocks} * device.multiprocessors);
 }
 
-MaskPlan mask_plan(const RowParams& params, const Device& device) {
+TopKLaunchConfig topk_config(const RowParams& params, const Device& device) {
   const int bytes = element_bytes(params.logits_dtype), width = kVectorBytes / bytes;
   const int64_t columns = ceiling(params.columns, width) * width;
-  MaskPlan plan;
-  plan.blocks.columns = static_cast<int>(columns);
-  plan.blocks.slices = 1;
-  plan.blocks.threads = kLeastMaskThreads;
-  while (plan.blocks.threads < kMaskThreads &&
-         plan.blocks.threads * width * kLeastThreadVectors < columns) {
-    plan.blocks.threads *= 2;
+  TopKLaunchConfig config;
+  config.blocks.columns = static_cast<int>(columns);
+  config.blocks.splits = 1;
+  config.blocks.threads = kMinTopKThreads;
+  while (config.blocks.threads < kTopKThreads &&
+         config.blocks.threads * width * kMinThreadVectors < columns) {
+    config.blocks.threads *= 2;
   }
-  plan.blocks.most_blocks = device.most_blocks;
-  plan.row_fits = columns * bytes <= device.share_bytes(1) - kMaskBytes &&
-                  columns <= kMaskThreads * kMostThreadColumns;
+  config.blocks.max_blocks = device.max_blocks;
+  config.row_fits = columns * bytes <= device.chunk_bytes(1) - kTopKBytes &&
+                    columns <= kTopKThreads * kMaxThreadColumns;
   using Default = EvenExponents<2, 1>;
-  const int blocks = bytes == 8 ? kMaskBlocks<double, Default> : kMaskBlocks<float, Default>;
-  const int depth = (device.share_bytes(blocks) - kMaskBytes) / (plan.blocks.threads * bytes);
-  plan.depth = depth < 0 ? 0 : depth < kMostDepth ? depth : kMostDepth;
-  return plan;
+  const int blocks = bytes == 8 ? kTopKBlocks<double, Default> : kTopKBlocks<float, Default>;
+  const int depth = (device.chunk_bytes(blocks) - kTopKBytes) / (config.blocks.threads * bytes);
+  config.depth = depth < 0 ? 0 : depth < kMaxDepth ? depth : kMaxDepth;
+  return config;
 }
 
 Status forward_workspace(const RowParams& params, int64_t& bytes) {
@@ -126,9 +130,9 @@ Status forward_workspace(const RowParams& params, int64_t& bytes) {
   Device device;
   const Status status = device_of_call(device);
   if (status.error) return status;
-  if (has_mask(params) && mask_plan(params, device).row_fits) return {};
+  if (uses_topk_mask(params) && topk_config(params, device).row_fits) return {};
   visit_storage(params.logits_dtype, [&](auto storage) {
-    bytes = forward_workspace_of<decltype(storage)>(params, forward_plan(params, device));
+    bytes = forward_workspace_of<decltype(storage)>(params, forward_config(params, device));
   });
   return {};
 }
@@ -140,11 +144,11 @@ Status forward(const RowParams& params, const Resources& resources) {
   if (status.error) return status;
   visit_storage(params.logits_dtype, [&](auto storage) {
     using S = decltype(storage);
-    const MaskPlan mask = mask_plan(params, device);
-    if (!has_mask(params) || !mask.row_fits) {
-      status = forward_of<S>(params, forward_plan(params, device), resources);
+    const TopKLaunchConfig topk = topk_config(params, device);
+    if (!uses_topk_mask(params) || !topk.row_fits) {
+      status = forward_of<S>(params, forward_config(params, device), resources);
     }
-    if (has_mask(params) && !status.error) status = mask_of<S>(params, mask, resources);
+    if (uses_topk_mask(params) && !status.error) status = topk_of<S>(params, topk, resources);
   });
   return status;
 }
@@ -155,7 +159,7 @@ Status backward(const RowParams& params, const Resources& resources) {
   Status status = device_of_call(device);
   if (status.error) return status;
   visit_storage(params.logits_dtype, [&](auto storage) {
-    status = backward_of<decltype(storage)>(params, backward_plan(params, device), resources);
+    status = backward_of<decltype(storage)>(params, backward_config(params, device), resources);
   });
   return status;
 }

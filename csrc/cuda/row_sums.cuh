@@ -1,9 +1,9 @@
-// The first look at a row, which the dense forward and the one with a mask share: the copy in
-// shared memory without its arg-max column, the sums of a thread, and the result of a row from
-// them.  Part of units that are compiled once per storage type, which is the macro CAREF_STORAGE.
+// The first pass over a row, shared by the dense forward and the one with a top-k mask: the copy in
+// shared memory without its arg-max column, the sums of a thread, and the result of a row. Included
+// by files that are compiled once per storage type, which is the macro CAREF_STORAGE.
 #pragma once
 
-#include "slices.cuh"
+#include "splits.cuh"
 
 namespace caref::cuda {
 namespace {
@@ -16,11 +16,12 @@ template <typename Kind>
 constexpr int kSums = 2 + Kind::kMoments;
 constexpr int kScedSums = 2;  // sum f and sum p f'
 
-// Vectors that a thread has in flight: 64 bytes, as many as hide the latency of memory from the
-// threads that a multiprocessor holds.
+// Vectors that a thread loads at a time: 64 bytes in flight per thread hide the latency of memory
+// at this occupancy.
 constexpr int kBatch = 4;
 
-// e^(D-J) u^J as a product of two halves, which other D and J share.
+// e^(D-J) u^J as a product of two halves, so that the compiler shares halves among different D and
+// J.
 template <int D, int J>
 __device__ __forceinline__ T monomial(T e, T u) {
   if constexpr (D == 1) {
@@ -31,14 +32,14 @@ __device__ __forceinline__ T monomial(T e, T u) {
   }
 }
 
-// The sums of one thread in T: over at most 256 columns, so that rounding stays small.
+// The sums of one thread in T.  A thread sums at most 256 columns, which bounds the rounding error.
 template <typename Kind>
 struct ThreadSums {
   T sum[kSums<Kind>] = {};
 
   __device__ __forceinline__ void add(T y) {
-    const T e = exponential(y);      // NaN passes here
-    const T u = e * clamp_shift(y);  // and not here
+    const T e = exponential(y);      // propagates NaN
+    const T u = e * clamp_shift(y);  // the clamp does not propagate NaN
     sum[0] += e;
     sum[1] += u;
     if constexpr (Kind::kOnePass) add_moments<0>(e, u);
@@ -53,10 +54,11 @@ struct ThreadSums {
   }
 };
 
-// Copies the share into shared memory; the thread's largest column, and the vector that holds it.
-__device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray<Vector>& row) {
+// Copies the chunk into shared memory, and returns the largest of the thread's columns and the
+// vector that holds it.
+__device__ __forceinline__ Top<T> fetch(const RowChunk<S>& chunk, const SharedArray<Vector>& row) {
   Top<T> top{static_cast<T>(-kInfinity), 0};
-  for_each_vector<kBatch>(share, [&](const Vector& vector, int index) {
+  for_each_vector<kBatch>(chunk, [&](const Vector& vector, int index) {
     row[index] = vector;
     const T largest = S::maximum(vector);
     if (largest > top.value) top = {largest, index};
@@ -64,10 +66,10 @@ __device__ __forceinline__ Top<T> fetch(const Share<S>& share, const SharedArray
   return top;
 }
 
-// Finds the column of the maximum in its vector and takes it out of the row.  Only the thread that
-// sums this vector comes here, so no other thread needs to see the change.
+// Finds the column of the maximum in its vector and sets it to -inf in shared memory.  Only the
+// thread that sums this vector calls this, so no barrier is needed for the change.
 template <typename Memory>
-__device__ void take_out(const Top<T>& top, const Memory& shared) {
+__device__ void exclude_argmax(const Top<T>& top, const Memory& shared) {
   const Vector vector = shared.row[top.vector];
   const auto z = S::unpack(vector);
   int within = 0;
@@ -78,11 +80,11 @@ __device__ void take_out(const Top<T>& top, const Memory& shared) {
   shared.flags[0] = column;
 }
 
-// The result of a row from its sums, `totals`, which may be shared or global memory.
+// The result of a row from its sums `totals`, an array in shared memory or of a thread.
 template <typename Kind, typename Totals>
-__device__ __forceinline__ RowResult<T> finish(const RowParams& params, const Target& target,
-                                               const Totals& totals, double maximum, int64_t argmax,
-                                               double label_logit) {
+__device__ __forceinline__ RowResult<T> row_result(const RowParams& params, const Target& target,
+                                                   const Totals& totals, double maximum,
+                                                   int64_t argmax, double label_logit) {
   const RowSums sums{maximum, argmax, totals[0], totals[1]};
   const Exponents exponents = Kind::exponents(params);
   RowResult<T> result(params, target, exponents, sums, label_logit);

@@ -1,7 +1,8 @@
-// The k largest logits of a row: their threshold and the counts above and at it, exactly, without a
-// sort and without indices.  Digits of the keys, from the top: a histogram in shared memory counts
-// the keys with each value of a digit, and the one that holds rank k is searched further.  Counts
-// are integers, so the order of the atomic additions does not show.
+// The k largest logits of a row: the threshold and the numbers of columns above it and equal to it,
+// exactly, without a sort and without indices.  This is a radix select: for each digit of the keys,
+// from the most significant one, a histogram in shared memory counts the keys with each value of
+// the digit, and the search continues in the bin that holds rank k.  Counts are integers, so the
+// result does not depend on the order of the atomic additions.
 #pragma once
 
 #include "keys.cuh"
@@ -16,45 +17,45 @@ using Key = KeyOf<Element>;
 
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kMaskWarps = kMaskThreads / kWarp;
-constexpr Key kLowestKey = kZeroKey<Element> - (S::kInfinityBits - 1);  // of a finite number
+constexpr int kTopKWarps = kTopKThreads / kWarp;
+constexpr Key kLowestKey = kZeroKey<Element> - (S::kInfinityBits - 1);  // key of the lowest finite
 
-// What thread 0 finds out for its block.
-enum MaskFlag : int { kTopColumn = 0, kHasMask = 1, kBudget = 2, kNumMaskFlags = 3 };
-enum MaskConstant : int { kInverseD = 0, kOffset = 1, kTopValue = 2, kNumMaskConstants = 3 };
+// Results of the set-up by thread 0, for its block.
+enum TopKFlag : int { kTopColumn = 0, kHasTopKMask = 1, kNumWanted = 2, kNumTopKFlags = 3 };
+enum TopKConstant : int { kInverseD = 0, kOffset = 1, kTopValue = 2, kNumTopKConstants = 3 };
 enum Found : int { kBin = 0, kAboveBin = 1, kInBin = 2, kNumFound = 3 };
 
-// Shared memory of mask_kernel: small arrays, the histogram, then the row or lists of keys.
-struct MaskMemory {
-  static constexpr int kTotals = kMaskWarps * kScedSums * sizeof(double);
+// Shared memory of topk_kernel: small arrays, the histogram, then the row or the lists of keys.
+struct TopKMemory {
+  static constexpr int kTotals = kTopKWarps * kScedSums * sizeof(double);
   static constexpr int kTopValues = kTotals + kScedSums * sizeof(double);
-  static constexpr int kMaxima = kTopValues + kMaskWarps * sizeof(T);
-  static constexpr int kConstants = kMaxima + 2 * kMaskWarps * sizeof(T);
-  static constexpr int kTopVectors = kConstants + kNumMaskConstants * sizeof(T);
-  static constexpr int kFlags = kTopVectors + kMaskWarps * sizeof(int);
-  static constexpr int kCounts = kFlags + kNumMaskFlags * sizeof(int);
-  static constexpr int kFoundBin = kCounts + kMaskWarps * sizeof(int);
+  static constexpr int kMaxima = kTopValues + kTopKWarps * sizeof(T);
+  static constexpr int kConstants = kMaxima + 2 * kTopKWarps * sizeof(T);
+  static constexpr int kTopVectors = kConstants + kNumTopKConstants * sizeof(T);
+  static constexpr int kFlags = kTopVectors + kTopKWarps * sizeof(int);
+  static constexpr int kCounts = kFlags + kNumTopKFlags * sizeof(int);
+  static constexpr int kFoundBin = kCounts + kTopKWarps * sizeof(int);
   static constexpr int kHistogram = kFoundBin + kNumFound * sizeof(int);
   static constexpr int kOverflow = kHistogram + kBins * sizeof(int);
   static constexpr int kRow = (kOverflow + static_cast<int>(sizeof(int)) + 15) / 16 * 16;
-  static_assert(kRow <= kMaskBytes, "the plan counts on it");
+  static_assert(kRow <= kTopKBytes, "topk_config() reserves kTopKBytes");
 
-  SharedArray<double> sums;    // an element per warp and sum
-  SharedArray<double> totals;  // an element per sum
+  SharedArray<double> sums;    // one element per warp and sum
+  SharedArray<double> totals;  // one element per sum
   SharedArray<T> top_values;
-  SharedArray<T> maxima;  // per warp: the least of its threads' maxima, and its own
+  SharedArray<T> maxima;  // per warp: the least of its threads' maxima, and its own maximum
   SharedArray<T> constants;
   SharedArray<int> top_vectors;
   SharedArray<int> flags;
   SharedArray<int> counts;  // keys in the bins of a warp
   SharedArray<int> found;
   SharedArray<int> histogram;
-  SharedArray<int> overflow;  // threads whose list has no room
+  SharedArray<int> overflow;  // number of threads whose list has overflowed
   SharedArray<Vector> row;
-  SharedArray<Element> columns;  // the same memory as `row`
-  SharedArray<Bits> lists;       // and this
+  SharedArray<Element> columns;  // aliases `row`
+  SharedArray<Bits> lists;       // aliases `row`
 
-  __device__ explicit MaskMemory(unsigned char* memory)
+  __device__ explicit TopKMemory(unsigned char* memory)
       : sums(memory, 0),
         totals(memory, kTotals),
         top_values(memory, kTopValues),
@@ -78,11 +79,11 @@ __device__ __forceinline__ Key key_at(const VectorBits& bits, int i) {
   return key_of(bits_as<Element>(bits.at[i]));
 }
 
-// A row in shared memory, without its arg-max column.  visit() calls body(key) for those of this
-// thread's columns whose key is at least `least`, in order.
+// A row in shared memory, without its arg-max column.  visit() calls body(key), in order, for every
+// column of this thread whose key is at least `least`.
 class KeptRow {
  public:
-  __device__ KeptRow(const MaskMemory& shared, int vectors) : row_(shared.row), vectors_(vectors) {}
+  __device__ KeptRow(const TopKMemory& shared, int vectors) : row_(shared.row), vectors_(vectors) {}
 
   template <typename Body>
   __device__ __forceinline__ void visit(Key least, Body body) {
@@ -97,22 +98,22 @@ class KeptRow {
     }
   }
 
-  // Before and after the barrier that follows a visit.
-  __device__ void report(const MaskMemory&) const {}
-  __device__ void settle(const MaskMemory&) {}
+  // Called before and after the barrier that follows a visit.
+  __device__ void report(const TopKMemory&) const {}
+  __device__ void settle(const TopKMemory&) {}
 
  private:
   SharedArray<Vector> row_;
   int vectors_;
 };
 
-// A row that does not fit.  A visit of it lists the keys that it finds, for each thread its own, so
-// that their order is the row's; if no list overflows the next visits, which ask for no smaller
-// keys, go there.
+// A row that does not fit into shared memory.  The first visit appends the keys that it finds to a
+// list of the thread, in the order of the row.  Later visits never ask for smaller keys, so if no
+// list has overflowed they read the lists instead of the row.
 class ListedRow {
  public:
-  __device__ ListedRow(const MaskMemory& shared, const Share<S>& share, int argmax, int depth)
-      : share_(share), lists_(shared.lists), argmax_(argmax), depth_(depth) {}
+  __device__ ListedRow(const TopKMemory& shared, const RowChunk<S>& chunk, int argmax, int depth)
+      : chunk_(chunk), lists_(shared.lists), argmax_(argmax), depth_(depth) {}
 
   template <typename Body>
   __device__ __forceinline__ void visit(Key least, Body body) {
@@ -124,8 +125,8 @@ class ListedRow {
       return;
     }
     used_ = 0;
-    // Two in flight: with more, the sums and keys beside them no longer fit into 64 registers.
-    for_each_vector<2>(share_, [&](const Vector& vector, int index) {
+    // Two vectors in flight: with more, the sums and keys would not fit into 64 registers.
+    for_each_vector<2>(chunk_, [&](const Vector& vector, int index) {
       const auto bits = bits_as<VectorBits>(vector);
       CAREF_UNROLL
       for (int k = 0; k < S::kWidth; ++k) {
@@ -138,31 +139,31 @@ class ListedRow {
     });
   }
 
-  __device__ void report(const MaskMemory& shared) const {
+  __device__ void report(const TopKMemory& shared) const {
     if (!is_listed_ && used_ > depth_) atomicAdd(&shared.overflow[0], 1);
   }
-  __device__ void settle(const MaskMemory& shared) {
+  __device__ void settle(const TopKMemory& shared) {
     if (!is_listed_) is_listed_ = shared.overflow[0] == 0;
   }
 
  private:
-  Share<S> share_;
+  RowChunk<S> chunk_;
   SharedArray<Bits> lists_;
   int argmax_, depth_;
   int used_ = 0;
   bool is_listed_ = false;
 };
 
-// A maximum as the bound of a bracket.  One that is read as 0 may be any number below the smallest
-// normal one (-ftz).
-constexpr T kLeastNormal =
+// The key of a maximum that bounds a bracket.  With -ftz a maximum that reads as 0 may be any
+// subnormal number, so the bound `subnormal` is used for it.
+constexpr T kMinNormal =
     static_cast<T>(sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38);
 __device__ __forceinline__ Key key_of_bound(T value, T subnormal) {
-  return key_of(S::narrow(static_cast<double>(fabs(value) < kLeastNormal ? subnormal : value)));
+  return key_of(S::narrow(static_cast<double>(fabs(value) < kMinNormal ? subnormal : value)));
 }
 
-// Leaves each warp's largest number, and the least of what its threads have as theirs.
-__device__ __forceinline__ void note_maxima(T largest, const MaskMemory& shared) {
+// Records each warp's maximum and the least of its threads' maxima.
+__device__ __forceinline__ void note_maxima(T largest, const TopKMemory& shared) {
   T least = largest;
   CAREF_UNROLL
   for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -176,9 +177,10 @@ __device__ __forceinline__ void note_maxima(T largest, const MaskMemory& shared)
   shared.maxima[threadIdx.x / kWarp * 2 + 1] = largest;
 }
 
-// A key that at least k columns reach, for free: n parts of a row have n columns from the least of
-// their maxima on.  The lowest finite one where k is larger.
-__device__ __forceinline__ Key least_key(const MaskMemory& shared, int k) {
+// A key that at least k columns reach: if a row has n >= k parts, then at least k columns are not
+// below the least of the n maxima, which are known already.  For larger k it is the lowest finite
+// key.
+__device__ __forceinline__ Key least_key(const TopKMemory& shared, int k) {
   const int warps = blockDim.x / kWarp, threads = blockDim.x;
   const int part = k <= warps ? 1 : 0;
   T least = static_cast<T>(kInfinity);
@@ -186,11 +188,11 @@ __device__ __forceinline__ Key least_key(const MaskMemory& shared, int k) {
     const T other = shared.maxima[warp * 2 + part];
     least = other < least ? other : least;
   }
-  const Key key = key_of_bound(least, -kLeastNormal);
+  const Key key = key_of_bound(least, -kMinNormal);
   return k <= threads && key > kLowestKey ? key : kLowestKey;
 }
 
-// Counts keys in the histogram; equal ones that follow one another in one addition.
+// Counts keys in the histogram; consecutive equal bins are counted with one atomic addition.
 class BinCounter {
  public:
   __device__ explicit BinCounter(const SharedArray<int>& histogram) : histogram_(histogram) {}
@@ -211,22 +213,22 @@ class BinCounter {
   int run_ = 0;
 };
 
-// Finds the bin with the key of this rank from the top, for shared.found; the rank becomes at most
-// the number of keys.
-__device__ __forceinline__ void find_bin(const MaskMemory& shared, int bins, int& rank) {
+// Writes to shared.found the bin that holds the key of this rank, counted from the largest.  The
+// rank is lowered to the number of keys if it is larger.
+__device__ __forceinline__ void find_bin(const TopKMemory& shared, int bins, int& rank) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int each = (bins + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int end = bins - static_cast<int>(threadIdx.x) * each;  // own bins: [end - each, end)
   int own = 0;
   for (int bin = end - 1; bin >= 0 && bin >= end - each; --bin) own += shared.histogram[bin];
-  int upto = own;  // keys in the bins of this thread and of those before it
+  int upto = own;  // keys in the bins of this thread and of the threads before it
   CAREF_UNROLL
   for (int step = 1; step < kWarp; step *= 2) {
     const int other = __shfl_up_sync(kAllLanes, upto, step);
     if (lane >= step) upto += other;
   }
   if (lane == kWarp - 1) shared.counts[warp] = upto;
-  __syncthreads();  // all warps have counted
+  __syncthreads();  // the counts of all warps are written
   int total = 0;
   for (int i = 0; i < warps; ++i) {
     const int count = shared.counts[i];
@@ -242,19 +244,19 @@ __device__ __forceinline__ void find_bin(const MaskMemory& shared, int bins, int
     shared.found[kAboveBin] = above;
     shared.found[kInBin] = shared.histogram[bin];
   }
-  __syncthreads();  // the bin is there, and the histogram may be cleared
+  __syncthreads();  // the bin is written, and the histogram may be cleared
 }
 
 struct Selection {
   Key threshold;
-  int support;  // k, or as many columns as are finite
-  int above;    // columns with a larger key than the threshold
-  int equal;    // columns with this key
+  int num_kept;  // k, or the number of finite columns if it is smaller
+  int above;     // columns with a larger key than the threshold
+  int equal;     // columns with this key
 };
 
-// The k-th largest of the keys of `row` and `top`, all of them in [low, high] from the k-th on.
+// The k-th largest of the keys of `row` and of `top`.  It and all larger keys are in [low, high].
 template <typename Row>
-__device__ __forceinline__ Selection select_top(Row& row, const MaskMemory& shared, Key low,
+__device__ __forceinline__ Selection select_top(Row& row, const TopKMemory& shared, Key low,
                                                 Key high, Key top, int k) {
   Selection selection{low, 0, 0, 0};
   int bits = 64 - __clzll(static_cast<long long>(high - low));
@@ -274,11 +276,11 @@ __device__ __forceinline__ Selection select_top(Row& row, const MaskMemory& shar
     if (threadIdx.x == 0 && top >= base) count(top);
     counter.flush();
     row.report(shared);
-    __syncthreads();  // the histogram is whole
+    __syncthreads();  // the histogram is complete
     row.settle(shared);
     find_bin(shared, bins, rank);
     selection.threshold = base + (static_cast<Key>(shared.found[kBin]) << shift);
-    selection.support = selection.above + rank;
+    selection.num_kept = selection.above + rank;
     selection.above += shared.found[kAboveBin];
     selection.equal = shared.found[kInBin];
     rank -= shared.found[kAboveBin];

@@ -1,5 +1,6 @@
-// How columns lie in memory: 16 bytes at a time, the widest load there is, and how they become
-// numbers.  16-bit floats are widened exactly and rounded once, to nearest even.
+// Loads and stores of columns, 16 bytes at a time, which is the widest load of a thread, and their
+// conversion to the arithmetic type.  16-bit floats are widened exactly and rounded once, to
+// nearest even.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +27,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// float and double: the numbers themselves.
+// float and double are stored as they are computed with.
 template <typename T>
 struct PlainStorage {
   using Element = T;
@@ -45,7 +46,7 @@ struct PlainStorage {
   static __device__ __forceinline__ T widen(T element) { return element; }
   static __device__ __forceinline__ T narrow(double value) { return static_cast<T>(value); }
 
-  // The largest column; NaN does not win: it reaches the result through the sums.
+  // The largest column.  A NaN is never the maximum; it makes the row NaN through the sums.
   static __device__ __forceinline__ T maximum(const Vector& vector) {
     const Numbers z = unpack(vector);
     T largest = z.at[0];
@@ -55,7 +56,7 @@ struct PlainStorage {
   }
 };
 
-// Two 16-bit floats to a 32-bit word, which the GPU compares and rounds together.
+// Two 16-bit floats in a 32-bit word, which the GPU compares and rounds with one instruction.
 template <typename Derived>
 struct PairedStorage {
   using Element = uint16_t;
@@ -129,28 +130,28 @@ struct Float64 : PlainStorage<double> {
   static constexpr uint64_t kInfinityBits = 0x7ff0000000000000;
 };
 
-// One block's share of a row: columns [0, columns) from `data`, seen as vectors.  The same thread
-// takes the same columns whether the share starts at a multiple of 16 bytes or not, so a row gives
-// the same bits wherever it lies.
+// One block's chunk of a row: columns [0, columns) from `data`, as vectors.  Every thread takes the
+// same columns whether or not the chunk starts at a multiple of 16 bytes, so the results of a row
+// are bitwise identical for every alignment.
 template <typename S>
-class Share {
+class RowChunk {
  public:
   using Element = typename S::Element;
 
-  __device__ Share(const Element* data, int columns)
+  __device__ RowChunk(const Element* data, int columns)
       : data_(data),
         columns_(columns),
         whole_(reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 ? columns / S::kWidth : 0) {}
 
   __device__ __forceinline__ int vectors() const { return (columns_ + S::kWidth - 1) / S::kWidth; }
-  // Those that one load fetches: none of them if the share is misaligned.
+  // The number of vectors that one load fetches: 0 if the chunk is misaligned.
   __device__ __forceinline__ int whole() const { return whole_; }
 
   __device__ __forceinline__ Vector load_whole(int index) const {
     return reinterpret_cast<const Vector*>(data_)[index];
   }
 
-  // Any vector, column by column; columns past the end are -inf, which no sum notices.
+  // Loads any vector column by column.  Columns past the end are -inf, which adds 0 to every sum.
   __device__ __forceinline__ Vector load(int index) const {
     struct {
       Element at[S::kWidth];
@@ -169,35 +170,36 @@ class Share {
   int whole_;
 };
 
-// Calls body(vector, index) for all vectors of a share that are this thread's, in order, kBatch of
-// them in flight at a time while whole ones last.
+// Calls body(vector, index) for the vectors of a chunk that belong to this thread, in order, with
+// kBatch whole vectors in flight at a time.
 template <int kBatch, typename S, typename Body>
-__device__ __forceinline__ void for_each_vector(const Share<S>& share, Body body) {
-  const int threads = blockDim.x, whole = share.whole();
+__device__ __forceinline__ void for_each_vector(const RowChunk<S>& chunk, Body body) {
+  const int threads = blockDim.x, whole = chunk.whole();
   int next = threadIdx.x;
   for (; next < whole; next += kBatch * threads) {
     Vector batch[kBatch];
     CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      if (next + i * threads < whole) batch[i] = share.load_whole(next + i * threads);
+      if (next + i * threads < whole) batch[i] = chunk.load_whole(next + i * threads);
     }
     CAREF_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       if (next + i * threads < whole) body(batch[i], next + i * threads);
     }
   }
-  // The last batch may have gone beyond: back to this thread's first vector that is not whole.
+  // The last batch may have advanced too far: go back to this thread's first vector that is not
+  // whole.
   while (next - threads >= whole) next -= threads;
-  for (; next < share.vectors(); next += threads) body(share.load(next), next);
+  for (; next < chunk.vectors(); next += threads) body(chunk.load(next), next);
 }
 
-// The same, for writing.
+// The columns of a chunk for writing.
 template <typename S>
-class OutShare {
+class OutputChunk {
  public:
   using Element = typename S::Element;
 
-  __device__ OutShare(Element* data, int columns)
+  __device__ OutputChunk(Element* data, int columns)
       : data_(data),
         columns_(columns),
         whole_(reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 ? columns / S::kWidth : 0) {}

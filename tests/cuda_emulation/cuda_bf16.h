@@ -1,4 +1,4 @@
-// What csrc/cuda uses of CUDA's bfloat16, for cuda_runtime.h beside it.
+// The part of CUDA's cuda_bf16.h that csrc/cuda uses, for the emulation in cuda_runtime.h.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -16,7 +16,7 @@ inline float bfloat16_to_float(uint16_t bits) {
   return value;
 }
 
-// To nearest even; every NaN becomes the one that the hardware writes.
+// Rounds to nearest even; every NaN becomes the NaN that the hardware writes.
 inline uint16_t float_to_bfloat16(float value) {
   if (value != value) return 0x7fff;
   uint32_t word;

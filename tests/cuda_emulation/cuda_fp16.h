@@ -1,4 +1,4 @@
-// What csrc/cuda uses of CUDA's float16, for cuda_runtime.h beside it.
+// The part of CUDA's cuda_fp16.h that csrc/cuda uses, for the emulation in cuda_runtime.h.
 #pragma once
 
 #include "cuda_runtime.h"

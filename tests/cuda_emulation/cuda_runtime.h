@@ -1,12 +1,13 @@
-// Lets g++ compile the .cu files of csrc/cuda, unmodified, and run them on the host: what they use
-// of the CUDA language and runtime, for tests.  A fiber plays each thread of a block and blocks run
-// one after another (emulator.cpp).  A kernel fails, as a launch error that says where, when
-//   - a barrier or a warp operation is not reached by all of its threads at one place;
-//   - shared memory is read before it is written, out of its bounds, or by a thread that no barrier
-//     separates from another's write (or written by one that none separates from another's access);
-//     atomic additions alone may meet without a barrier between them.
-// Only the macro CAREF_DYNAMIC_SHARED gives shared memory: a plain __shared__ could not be watched,
-// and does not compile.
+// The part of the CUDA language and runtime that csrc/cuda uses, so that tests can compile the .cu
+// files unmodified with g++ and run them on the host.  Each thread of a block is a fiber, and
+// blocks run one after another (emulator.cpp).  A kernel fails with a launch error that names the
+// place if
+//   - not all threads of a barrier or of a warp operation reach it at the same place;
+//   - shared memory is accessed out of bounds, or read before it is written;
+//   - two threads access the same shared memory without a barrier in between, and at least one of
+//     them writes.  Only atomic additions need no barrier between one another.
+// Shared memory must come from the macro CAREF_DYNAMIC_SHARED.  Accesses to a plain __shared__
+// array could not be checked, and it does not compile.
 #pragma once
 
 #include <cmath>
@@ -22,7 +23,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define CAREF_DYNAMIC_SHARED(name) \
-  unsigned char* const name = nullptr /* only SharedArray knows where it is */
+  unsigned char* const name = nullptr /* the emulated SharedArray does not use the address */
 
 struct uint3 {
   unsigned x, y, z;
@@ -45,23 +46,25 @@ namespace cuda_emulation {
 
 constexpr int kWarp = 32;
 
-// Where in the sources a thread waits.
+// The place in the sources at which a thread waits.
 struct Site {
   const char* what;
   const char* file;
   int line;
 };
 
-// A thread waits here for its block.
+// Waits for all threads of the block.
 void block_barrier(const Site& site);
-// A thread waits here for the lanes of its warp; `orders_memory` as __syncwarp does.
+// Waits for the lanes `mask` of the warp; `orders_memory` says whether this orders memory accesses,
+// as __syncwarp does.
 void warp_barrier(unsigned mask, const Site& site, bool orders_memory);
-// The lanes' values of the last warp operation: a slot of 16 bytes for each.
+// The value of a lane in the current warp operation, a slot of 16 bytes.
 void* warp_slot(int lane);
 void next_warp_slots();
 int lane();
 
-// Every access to shared memory; they do not return if it is a mistake.
+// These check an access to shared memory and return its address; they do not return if the access
+// is a fault.
 void* shared_for_reading(std::ptrdiff_t offset, std::size_t bytes);
 void* shared_for_writing(std::ptrdiff_t offset, std::size_t bytes);
 void* shared_for_adding(std::ptrdiff_t offset, std::size_t bytes);
@@ -108,7 +111,7 @@ unsigned ballot(unsigned mask, bool predicate, const Site& site);
 
 namespace caref::cuda {
 
-// As in csrc/cuda/reduce.cuh, with a look at every access.
+// The SharedArray of csrc/cuda/reduce.cuh, with a check of every access.
 template <typename E>
 class SharedArray {
  public:

@@ -1,5 +1,5 @@
-// The machine behind cuda_runtime.h: runs the threads of a block as fibers, warp after warp, from
-// one barrier to the next, and watches shared memory.  One kernel at a time.
+// The implementation of cuda_runtime.h.  It runs the threads of a block as fibers, warp after warp,
+// from one barrier to the next, and checks accesses to shared memory.  One kernel runs at a time.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -20,7 +20,7 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr int kUsualSharedBytes = 48 * 1024;
 
-// The device that the kernels see; tests change it.
+// The properties of the emulated device; tests change them.
 struct Device {
   int multiprocessors = 16;
   int shared_per_multiprocessor = 100 * 1024;
@@ -28,7 +28,7 @@ struct Device {
   int most_blocks = 2147483647;
 };
 Device device;
-int failing_launch = 0;  // counts down; the launch that reaches 0 fails
+int failing_launch = 0;  // counts launches down; the one that reaches 0 fails
 cudaError_t failure = cudaSuccess;
 std::map<const void*, int> allowed_shared;
 std::mutex mutex;
@@ -42,20 +42,20 @@ struct Thread {
   Site site{"", "", 0};
   unsigned mask = 0;
   bool orders_memory = false;
-  int slots = 0;  // which of the warp's two sets of slots is next
+  int slots = 0;  // index of the warp's set of slots (0 or 1) that is next
 };
 
-// Who touched a byte of shared memory last, and when: the phase is a number that rises at every
-// barrier of the block, the clock one that rises at every __syncwarp of the warp.
+// The last accesses to a byte of shared memory.  The phase is incremented at every barrier of the
+// block, the clock at every __syncwarp of the warp.
 struct Byte {
   uint32_t written_phase = 0, written_clock = 0;
   uint32_t read_phase = 0, read_clock = 0;
   uint16_t writer = 0, reader = 0;
-  bool is_sum = false;  // since the last barrier of the block only atomic additions have written
+  bool is_sum = false;  // only atomic additions have written since the last barrier of the block
 };
 enum class Access { kRead, kWrite, kAdd };
 constexpr uint16_t kWarpOf = 0x4000;   // several readers of the warp `reader & 0x3fff`
-constexpr uint16_t kSeveral = 0x7fff;  // readers of several warps, or adders
+constexpr uint16_t kSeveral = 0x7fff;  // several adders, or readers of several warps
 
 struct alignas(16) Slots {
   unsigned char lane[kWarp][16];
@@ -92,7 +92,7 @@ class Machine {
   bool failed_ = false;
   void (*body_)(void*) = nullptr;
   void* arguments_ = nullptr;
-  std::unique_ptr<unsigned char[]> shared_;  // of its exact size, so a sanitizer sees its ends
+  std::unique_ptr<unsigned char[]> shared_;  // of the exact size, so a sanitizer detects overflows
   std::ptrdiff_t shared_bytes_ = 0;
   std::vector<Byte> bytes_;
   uint32_t phase_ = 0, first_phase_ = 0;
@@ -120,7 +120,7 @@ void Machine::fail(const std::string& text) {
             ": " + text;
   failed_ = true;
   Fiber::change(self().fiber, scheduler_);
-  std::abort();  // nobody resumes a thread after a failure
+  std::abort();  // no thread is resumed after a failure
 }
 
 void Machine::resume(int index) {
@@ -144,7 +144,7 @@ void Machine::finish() {
   std::abort();
 }
 
-// Runs a warp until all its lanes are at a barrier of the block, or done; false after a failure.
+// Runs a warp until each of its lanes is at a barrier of the block or done; false after a failure.
 bool Machine::run_warp(int warp) {
   const int first = warp * kWarp;
   for (;;) {
@@ -174,7 +174,8 @@ bool Machine::run_warp(int warp) {
   }
 }
 
-// All threads are at a barrier of the block or done: lets them go if it is one barrier.
+// All threads are at a barrier of the block or done.  Releases them if they are all at the same
+// barrier; false otherwise.
 bool Machine::release_block() {
   for (int i = 1; i < count_; ++i) {
     const Thread &one = threads_[0], &other = threads_[i];
@@ -211,7 +212,7 @@ bool Machine::run_block(const cudaLaunchConfig_t& config, void (*body)(void*), v
   }
   const int warps = count_ / kWarp;
   for (;;) {
-    // Both orders, so that a result that depends on the order shows.
+    // Blocks run their warps in alternating order, to reveal results that depend on the order.
     for (int i = 0; i < warps; ++i) {
       if (!run_warp(reversed ? warps - 1 - i : i)) return false;
     }
@@ -255,12 +256,13 @@ void* Machine::touch(std::ptrdiff_t offset, std::size_t size, Access access) {
     check_order(byte, i, access);
     if (access != Access::kRead) {
       const bool is_again = byte.written_phase == phase_;
-      const bool joins = access == Access::kAdd && byte.is_sum && is_again;
-      // An addition to what this thread has just written does not make that an addition.
+      const bool is_further_sum = access == Access::kAdd && byte.is_sum && is_again;
+      // If a thread adds to a byte that it has just written, the earlier write remains a write.
       byte.is_sum = access == Access::kAdd && (byte.is_sum || !is_again);
       byte.written_phase = phase_;
       byte.written_clock = clocks_[warp];
-      byte.writer = joins && byte.writer != current_ ? kSeveral : static_cast<uint16_t>(current_);
+      byte.writer =
+          is_further_sum && byte.writer != current_ ? kSeveral : static_cast<uint16_t>(current_);
       continue;
     }
     const bool is_new = byte.read_phase != phase_ || byte.reader == current_;
@@ -380,7 +382,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
-// For tests, through ctypes.
+// Functions that tests call through ctypes.
 #define FOR_TESTS extern "C" __attribute__((visibility("default")))
 
 FOR_TESTS void cuda_emulation_set_device(int multiprocessors, int shared_per_multiprocessor,
@@ -389,7 +391,7 @@ FOR_TESTS void cuda_emulation_set_device(int multiprocessors, int shared_per_mul
   cuda_emulation::device = {multiprocessors, shared_per_multiprocessor, block, most_blocks};
 }
 
-// The launch after `launches - 1` more fails with this error.
+// The `launches`-th launch from now on fails with this error.
 FOR_TESTS void cuda_emulation_fail(int launches, int error) {
   cuda_emulation::failing_launch = launches;
   cuda_emulation::failure = static_cast<cudaError_t>(error);

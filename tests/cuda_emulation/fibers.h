@@ -1,5 +1,6 @@
-// Cooperative threads: a stack each, and a switch that saves what a call must preserve.  By hand on
-// x86-64, where ucontext takes two system calls; AddressSanitizer is told of each switch.
+// Cooperative threads, each with its own stack and a switch that saves the registers that a call
+// must preserve.  On x86-64 the switch is written in assembly, because ucontext makes two system
+// calls. AddressSanitizer is informed of each switch.
 #pragma once
 
 #include <sys/mman.h>
@@ -55,15 +56,16 @@ class Fiber {
     if (stack_) munmap(stack_ - guard_bytes(), kStackBytes + guard_bytes());
   }
 
-  // The next switch to it starts `entry`, which must never return.
+  // The next switch to this fiber starts `entry`, which must never return.
   void start(void (*entry)()) {
     if (!stack_) allocate();
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack_, kStackBytes);  // what was abandoned there
+    __asan_unpoison_memory_region(stack_, kStackBytes);  // frames of an abandoned run
     fake_stack_ = nullptr;
 #endif
 #if defined(__x86_64__)
-    // Six saved registers, the address that `ret` takes, and the alignment of a called function.
+    // Six saved registers, the return address, and one word for the stack alignment of a called
+    // function.
     auto** top = reinterpret_cast<void**>(stack_ + kStackBytes) - 8;
     for (int i = 0; i < 8; ++i) top[i] = nullptr;
     top[6] = reinterpret_cast<void*>(entry);
@@ -77,7 +79,7 @@ class Fiber {
 #endif
   }
 
-  // Called on the stack of `from`; returns when something switches back to it.
+  // Called on the stack of `from`; returns when another fiber switches back to it.
   static void change(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_ ? to.stack_ : to.bottom_,
@@ -91,7 +93,7 @@ class Fiber {
     from.arrived();
   }
 
-  // To be called first on a new stack, with the fiber that it was started from.
+  // Must be called first on a new stack, with the fiber that started it.
   void arrived(Fiber* starter = nullptr) {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom = nullptr;
@@ -112,12 +114,12 @@ class Fiber {
   void allocate() {
     void* memory = mmap(nullptr, kStackBytes + guard_bytes(), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    // An overflow of the stack hits this page instead of another stack.
+    // A guard page, so that a stack overflow faults instead of writing to another stack.
     if (memory == MAP_FAILED || mprotect(memory, guard_bytes(), PROT_NONE) != 0) std::abort();
     stack_ = static_cast<char*>(memory) + guard_bytes();
   }
 
-  char* stack_ = nullptr;  // none: the thread's own, of the scheduler
+  char* stack_ = nullptr;  // null for the scheduler, which runs on the thread's own stack
 #if defined(__x86_64__)
   void* context_ = nullptr;
 #else

@@ -1,4 +1,4 @@
-"""Mutants of the C++ sources: as patches.py, each with a build of the extension."""
+"""Mutants of the C++ sources; each one needs a build of the extension."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILED = [
         ("c-sced-gradient-zero", "inner += weight(x) * even_slope", "inner += 0 * weight(x) * even_slope"),
         ("c-sced-gradient-flipped", "inner += weight(x) * even_slope", "inner -= weight(x) * even_slope"),
         ("c-kl-gradient-halved", "kl(static_cast<T>(row.grad_kl))", "kl(static_cast<T>(0.5 * row.grad_kl))"),
-        ("c-label-column-not-written", "if (is_apart) store_one(out + target.label, label);", ""),
+        ("c-label-column-not-written", "if (has_label_column) store_one(out + target.label, label);", ""),
         ("c-top-column-not-written", "  store_one(out + row.argmax, top);\n", ""),
     ),
     *mutants(

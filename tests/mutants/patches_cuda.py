@@ -1,4 +1,4 @@
-"""Mutants of the CUDA kernels: as patches.py, tested on the emulated device, which compiles them itself."""
+"""Mutants of the CUDA kernels; their tests compile the mutated sources for the emulated device themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FORWARD = "csrc/cuda/forward.cu"
 BACKWARD = "csrc/cuda/backward.cu"
 LAUNCH = "csrc/cuda/launch.cu"
 REDUCE = "csrc/cuda/reduce.cuh"
-SLICES = "csrc/cuda/slices.cuh"
+SPLITS = "csrc/cuda/splits.cuh"
 STORAGE = "csrc/cuda/storage.cuh"
 KEYS = "csrc/cuda/keys.cuh"
 SELECT = "csrc/cuda/select.cuh"
@@ -17,12 +17,12 @@ ROW_SUMS = "csrc/cuda/row_sums.cuh"
 
 CUDA = [
     *mutants(
-        "a wrong merge of maxima",
+        "maxima combined wrongly",
         FORWARD,
         "cuda_kernels",
         "shared_rows",
         ("g-blocks-lose-their-maxima", "own.raise(part[0] - top.value);", "{}"),
-        ("g-column-within-the-slice", "partial[1] = place.begin + argmax;", "partial[1] = argmax;"),
+        ("g-column-within-the-split", "partial[1] = block.begin + argmax;", "partial[1] = argmax;"),
         ("g-second-pass-counts-the-top", "i == top ? T(0) : exponential(y)", "i == top - 99 ? T(0) : exponential(y)"),
     ),
     *mutants(
@@ -71,10 +71,10 @@ CUDA = [
     ),
     *mutants(
         "rows beyond the blocks of a launch",
-        SLICES,
+        SPLITS,
         "cuda_kernels",
         "more_rows",
-        ("g-first-row-forgotten", "row(slices.first_row + blockIdx.x", "row(blockIdx.x"),
+        ("g-first-row-forgotten", "row(splits.first_row + blockIdx.x", "row(blockIdx.x"),
     ),
     *mutants(
         "too much shared memory",
@@ -97,7 +97,7 @@ CUDA = [
         ),
         ("g-top-not-a-key", "if (threadIdx.x == 0 && top >= base) count(top);", "if (rank < 0) count(top);"),
         (
-            "g-bracket-of-any-budget",
+            "g-bracket-for-any-k",
             "return k <= threads && key > kLowestKey",
             "return k <= 2 * threads && key > kLowestKey",
         ),
@@ -109,7 +109,7 @@ CUDA = [
         ),
         (
             "g-flushed-bound-believed",
-            "fabs(value) < kLeastNormal ? subnormal : value",
+            "fabs(value) < kMinNormal ? subnormal : value",
             "subnormal == 0 ? subnormal : value",
         ),
     ),
@@ -119,7 +119,7 @@ CUDA = [
         "cuda_selection",
         "exact or short",
         ("g-histogram-not-clear", "__syncthreads();  // the histogram is clear", ""),
-        ("g-histogram-not-whole", "__syncthreads();  // the histogram is whole", ""),
+        ("g-histogram-not-complete", "__syncthreads();  // the histogram is complete", ""),
     ),
     *mutants(
         "keys that do not order the values",
@@ -129,29 +129,33 @@ CUDA = [
         ("g-zeros-differ", "bits & kZero ? kZero - magnitude :", "bits & kZero ? kZero - 1 - magnitude :"),
     ),
     *mutants(
-        "ties broken another way; the mask of the arg-max",
+        "ties broken another way; the weight of the arg-max in the top-k mask",
         MASK,
         "cuda_selection",
         "exact or short or terms or subnormal",
-        ("g-tie-weight-one", "static_cast<double>(found.support - found.above) / found.equal;", "1.0;"),
+        ("g-tie-weight-one", "static_cast<double>(found.num_kept - found.above) / found.equal;", "1.0;"),
         ("g-ties-not-summed", "if (tied > 0) {", "if (tied < 0) {"),
         ("g-top-counts-as-tied", "const int tied = found.equal - is_top_tied;", "const int tied = found.equal;"),
         ("g-top-always-whole", "top > found.threshold ? 1.0 : is_top_tied ? tie_weight : 0.0;", "1.0;"),
-        ("g-masked-slopes-dropped", "sum[1] += static_cast<double>(slope_);", ""),
+        ("g-topk-slopes-dropped", "sum[1] += static_cast<double>(slope_);", ""),
         ("g-flushed-maximum-stored", "stats[kMaximum] = S::widen(element_of<Element>(top));", ""),
     ),
     *mutants(
-        "columns outside the mask counted in the backward, or ties counted whole",
+        "columns outside the top-k mask counted in the backward, or ties counted whole",
         BACKWARD,
         "cuda_selection",
         "terms or subnormal",
         (
-            "g-backward-without-mask",
+            "g-backward-without-topk-mask",
             "return key > row.threshold ? row.sced : tied;",
             "return key > 0 ? row.sced : tied;",
         ),
         ("g-backward-ties-whole", "static_cast<T>(row.grad_sced * mask.tie_weight)", "static_cast<T>(row.grad_sced)"),
-        ("g-label-without-mask", "label_weight = RowMask(params, place.row).weight(logit);", "label_weight = 1.0;"),
-        ("g-top-slope-without-mask", "row.top_slope *= mask.weight(row.maximum);", ""),
+        (
+            "g-label-without-topk-mask",
+            "label_weight = TopKMask(params, block.row).weight(logit);",
+            "label_weight = 1.0;",
+        ),
+        ("g-top-slope-without-topk-mask", "row.top_slope *= mask.weight(row.maximum);", ""),
     ),
 ]

@@ -1,4 +1,4 @@
-// SCED over the top k of a row, given its softmax: the row's mask, and the sums over it.
+// SCED over the top k of a row whose softmax is known: the row's top-k mask, and the sums over it.
 #pragma once
 
 #include "rows.h"
@@ -11,20 +11,21 @@ struct ScedSums {
   double slope = 0.0;
 };
 
-// The sums over the columns above the threshold, the arg-max column excepted.
+// The sums over the columns above the threshold, without the arg-max column.
 template <typename T, typename Kind>
-class MaskedSums {
+class TopKSums {
  public:
   using V = Vec<T>;
 
-  MaskedSums(T maximum, Key<T> threshold, const RowConstants<T>& row, const Exponents& exponents)
+  TopKSums(T maximum, Key<T> threshold, const RowConstants<T>& row, const Exponents& exponents)
       : maximum_(maximum),
         inverse_d_(static_cast<T>(row.p_top)),
         c_(static_cast<T>(row.c)),
         threshold_(threshold),
         exponents_(exponents) {}
 
-  // Those of a list of keys, which loses `top`, the key of the arg-max column, once.
+  // The sums over a list of keys.  One entry equal to `top`, the key of the arg-max column, is
+  // removed from the list.
   ScedSums of_list(Key<T>* list, int64_t size, Key<T> top) {
     for (int64_t i = 0; i < size; ++i) {
       if (list[i] == top) {
@@ -36,7 +37,7 @@ class MaskedSums {
     for (int64_t begin = 0; begin < size; begin += kBlock) {
       const int64_t end = begin + kBlock < size ? begin + kBlock : size;
       for (int64_t i = begin; i < end; i += kLanes) add(load_keys<T>(list + i));
-      fold();
+      flush();
     }
     return take();
   }
@@ -47,14 +48,14 @@ class MaskedSums {
     while (block.next()) {
       if (block.contains(argmax)) block.exclude(argmax);
       block.for_each([&](V x) CAREF_INLINE { add(keys_of<T>(x)); });
-      fold();
+      flush();
     }
     return take();
   }
 
  private:
-  // Columns above the threshold count, the others read as -inf; those at it are alike, and the
-  // caller's.
+  // Adds the columns above the threshold; all others read as -inf.  The columns that equal the
+  // threshold all have the same value, and the caller adds them.
   CAREF_HD void add(Keys<T> keys) {
     const V empty = splat<T>(-std::numeric_limits<T>::infinity());
     const V x = keys > threshold_ ? values_of<T>(keys) : empty;
@@ -76,7 +77,7 @@ class MaskedSums {
     }
   }
 
-  CAREF_HD void fold() {
+  CAREF_HD void flush() {
     wide_density_.add(density_);
     wide_slope_.add(slope_);
     density_ = slope_ = V{};
@@ -91,11 +92,11 @@ class MaskedSums {
   WideSum<T> wide_density_, wide_slope_;
 };
 
-// The mask of a row: k, the threshold, the weight of each of the columns at it, and the key of the
-// arg-max column.
+// The top-k mask of a row: k, the threshold, the weight of each column that equals the threshold,
+// and the key of the arg-max column.
 template <typename T>
-struct RowMask {
-  int64_t support;
+struct TopKMask {
+  int64_t num_kept;
   Key<T> top;
   Selection<T> selection;
   double tie_weight;
@@ -105,32 +106,32 @@ struct RowMask {
   }
 };
 
-// The mask of a row with this entropy.
+// Selects the top-k mask of a row with this entropy.
 template <typename S, typename T = typename Storage<S>::Arithmetic>
-RowMask<T> select_mask(const RowParams& params, const S* logits, int64_t argmax, double entropy,
-                       void* workspace) {
-  RowMask<T> mask = {};
+TopKMask<T> select_mask(const RowParams& params, const S* logits, int64_t argmax, double entropy,
+                        void* workspace) {
+  TopKMask<T> mask = {};
   mask.top = key_at(logits + argmax);
   Key<T>* keys = static_cast<Key<T>*>(workspace);
-  mask.support = row_support(entropy, params.k_scale, params.k_min, params.k_max);
-  mask.selection = select_top(logits, params.columns, mask.support, keys);
-  if (mask.selection.threshold == -kInfinityKey<T>) {  // fewer than k logits are finite: all those
-    mask.support = mask.selection.above;
-    mask.selection = select_top(logits, params.columns, mask.support, keys);
+  mask.num_kept = row_num_kept(entropy, params.k_scale, params.k_min, params.k_max);
+  mask.selection = select_top(logits, params.columns, mask.num_kept, keys);
+  if (mask.selection.threshold == -kInfinityKey<T>) {  // fewer than k logits are finite: keep those
+    mask.num_kept = mask.selection.above;
+    mask.selection = select_top(logits, params.columns, mask.num_kept, keys);
   }
-  mask.tie_weight = static_cast<double>(mask.support - mask.selection.above) /
+  mask.tie_weight = static_cast<double>(mask.num_kept - mask.selection.above) /
                     static_cast<double>(mask.selection.equal);
   return mask;
 }
 
 // sum w f and sum w p f' over the columns other than the arg-max.
 template <typename S, typename Kind, typename T = typename Storage<S>::Arithmetic>
-ScedSums sum_masked(BlockReader<S>& block, const RowMask<T>& mask, T maximum, int64_t argmax,
-                    const RowConstants<T>& row, const Exponents& exponents) {
+ScedSums sum_topk(BlockReader<S>& block, const TopKMask<T>& mask, T maximum, int64_t argmax,
+                  const RowConstants<T>& row, const Exponents& exponents) {
   const Selection<T>& found = mask.selection;
   ScedSums sums;
   if (found.above > (mask.top > found.threshold)) {
-    MaskedSums<T, Kind> above(maximum, found.threshold, row, exponents);
+    TopKSums<T, Kind> above(maximum, found.threshold, row, exponents);
     sums = found.listed ? above.of_list(found.listed, found.size, mask.top)
                         : above.of_row(block, argmax);
   }
@@ -139,9 +140,9 @@ ScedSums sum_masked(BlockReader<S>& block, const RowMask<T>& mask, T maximum, in
     const double y =
         static_cast<double>(value_of<T>(found.threshold)) - static_cast<double>(maximum);
     const double p = exp(y) / row.d, q = 1.0 - p, log_ratio = y - row.c;
-    const double share = mask.tie_weight * static_cast<double>(tied);
-    sums.density += share * sced_density(p, log_ratio, q, exponents);
-    sums.slope += share * p * sced_slope<double>(p, log_ratio, q, exponents) / q;
+    const double tied_weight = mask.tie_weight * static_cast<double>(tied);
+    sums.density += tied_weight * sced_density(p, log_ratio, q, exponents);
+    sums.slope += tied_weight * p * sced_slope<double>(p, log_ratio, q, exponents) / q;
   }
   return sums;
 }

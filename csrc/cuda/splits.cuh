@@ -1,41 +1,43 @@
-// How the columns of a call are divided among blocks.  A block keeps its share of a row in shared
-// memory, so a row that does not fit, or one of few rows, is cut into slices.
+// The division of a row among blocks, and the arithmetic of elements on the device.  A block keeps
+// its chunk of a row in shared memory, so a row is split among several blocks if it does not fit,
+// or if there are few rows.
 #pragma once
 
 #include "reduce.cuh"
 
 namespace caref::cuda {
 
-// Slice s of row r belongs to block (r - first_row) * count + s.
-struct Slices {
+// Split s of row r belongs to block (r - first_row) * count + s.
+struct Splits {
   int64_t first_row;
-  int count;    // slices of a row
-  int columns;  // of a slice, except the last one of a row
+  int count;    // splits of a row
+  int columns;  // of every split except the last one of a row
 };
 
-// What one block works on.
-struct Place {
+// The row and the columns that one block works on.
+struct BlockIndex {
   int64_t row;
-  int slice;
+  int split;
   int begin;    // first column
-  int columns;  // how many; the last slices of a row may have none
+  int columns;  // number of columns; the last splits of a row may have none
 
-  __device__ Place(const Slices& slices, int64_t row_columns)
-      : row(slices.first_row + blockIdx.x / slices.count),
-        slice(static_cast<int>(blockIdx.x % slices.count)),
-        begin(slice * slices.columns),
+  __device__ BlockIndex(const Splits& splits, int64_t row_columns)
+      : row(splits.first_row + blockIdx.x / splits.count),
+        split(static_cast<int>(blockIdx.x % splits.count)),
+        begin(split * splits.columns),
         columns(static_cast<int>(row_columns) - begin) {
-    if (columns > slices.columns) columns = slices.columns;
+    if (columns > splits.columns) columns = splits.columns;
     if (columns < 0) columns = 0;
   }
 };
 
-// Labels form addresses: one that is no column makes its row NaN, with a gradient of 0.
+// Addresses are computed from labels, so a label that is out of range must be detected: it makes
+// the terms of its row NaN and its gradient 0.
 __device__ __forceinline__ bool is_outside(const Target& target, int64_t columns) {
   return target.has_label && (target.label < 0 || target.label >= columns);
 }
 
-// What an earlier launch has stored of a row.
+// The statistics of a row that an earlier launch has stored.
 template <typename T>
 struct SavedRow {
   T maximum, argmax, residual;
@@ -47,17 +49,18 @@ struct SavedRow {
     residual = stats[kResidual];
   }
 
-  // Whether it has a softmax, and is not one-hot.  Statistics are data: they are checked.
+  // Whether the row has a softmax and is not one-hot.  The arg-max is checked before it is used.
   __device__ bool needs_sced(int64_t columns) const {
     return residual == residual && !is_one_hot(residual) && argmax >= 0 && argmax < T(columns);
   }
 };
 
-// y is clamped here from below where it is a factor, because 0 * -inf is NaN.
+// y is clamped from below wherever it is a factor, because 0 * -inf would be NaN.
 __device__ __forceinline__ float clamp_shift(float y) { return fmaxf(y, -1e4f); }
 __device__ __forceinline__ double clamp_shift(double y) { return fmax(y, -1e4); }
 
-// The finite stand-in for a maximum where all columns are -inf: -inf - -inf would be NaN.
+// The maximum, or the lowest finite number if all columns are -inf, because -inf - -inf would be
+// NaN.
 __device__ __forceinline__ float reference_of(float maximum) {
   return maximum > -kInfinity ? maximum : -3.402823466e38f;
 }
@@ -65,7 +68,7 @@ __device__ __forceinline__ double reference_of(double maximum) {
   return maximum > -kInfinity ? maximum : -1.7976931348623157e308;
 }
 
-// e^y: of float by the two instructions that the hardware has for it (setup.py compiles with -ftz).
+// e^y; for float these are two instructions, a product and ex2 (setup.py compiles with -ftz).
 __device__ __forceinline__ float exponential(float y) { return exp2f(y * 1.4426950408889634f); }
 __device__ __forceinline__ double exponential(double y) { return exp(y); }
 

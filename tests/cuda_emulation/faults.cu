@@ -1,5 +1,5 @@
-// Kernels with one mistake each, and one without, for tests/test_cuda_emulation.py: the emulation
-// must stop at every mistake and say what it is.
+// Kernels with one fault each, and correct ones, for tests/test_cuda_emulation.py: the emulation
+// must detect every fault and describe it.
 #include <cuda_runtime.h>
 
 #include "reduce.cuh"
@@ -12,7 +12,7 @@ using caref::cuda::SharedArray;
 
 constexpr int kThreads = 64;
 
-// Reverses what each thread holds, through shared memory.
+// Reverses the values of the threads through shared memory.
 template <bool kBarrier>
 __global__ void reverse_kernel(int* out) {
   CAREF_DYNAMIC_SHARED(memory);
@@ -22,7 +22,7 @@ __global__ void reverse_kernel(int* out) {
   out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
 }
 
-// Writes again what others may still read.
+// Overwrites elements that other threads may still read.
 __global__ void reuse_kernel(int* out) {
   CAREF_DYNAMIC_SHARED(memory);
   const SharedArray<int> values(memory, 0);
@@ -32,7 +32,7 @@ __global__ void reuse_kernel(int* out) {
   values[threadIdx.x] = 2;
 }
 
-// The first warp reads what the second one has written, then the second one writes it again.
+// The second warp overwrites elements that the first warp has read since the last barrier.
 __global__ void late_reuse_kernel(int* out) {
   CAREF_DYNAMIC_SHARED(memory);
   const SharedArray<int> values(memory, 0);
@@ -42,7 +42,7 @@ __global__ void late_reuse_kernel(int* out) {
   if (threadIdx.x >= kWarp) values[threadIdx.x % kWarp] = 2;
 }
 
-// The barrier is reached by half of the block.
+// Only half of the block reaches the barrier.
 __global__ void half_barrier_kernel(int* out) {
   if (threadIdx.x < kThreads / 2) __syncthreads();
   out[threadIdx.x] = 1;
@@ -58,7 +58,7 @@ __global__ void two_barriers_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
-// A lane of the mask does not come.
+// One lane of the mask does not reach the shuffle.
 __global__ void missing_lane_kernel(int* out) {
   if (threadIdx.x % kWarp == 5) return;
   out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
@@ -80,7 +80,8 @@ __global__ void beyond_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
-// Neighbours of a warp exchange with __syncwarp between, which is enough, or without.
+// Neighbouring lanes exchange values, with a __syncwarp in between, which is sufficient, or
+// without.
 template <bool kBarrier>
 __global__ void neighbours_kernel(int* out) {
   CAREF_DYNAMIC_SHARED(memory);
@@ -97,8 +98,8 @@ __global__ void votes_kernel(int* out) {
   out[threadIdx.x] = votes == 0xaaaaaaaau && some && !all ? __shfl_sync(kAllLanes, 7, 3) : 0;
 }
 
-// Every thread adds to one sum, which is cleared, added to and read with barriers between, or with
-// one of them missing.
+// Every thread adds to one sum, which is cleared, added to and read, with barriers in between or
+// with one of them missing.
 template <bool kCleared, bool kBarrierBefore, bool kBarrierAfter>
 __global__ void sum_kernel(int* out) {
   CAREF_DYNAMIC_SHARED(memory);
@@ -146,9 +147,9 @@ const Named kKernels[] = {
 
 }  // namespace
 
-// Runs the kernel of that name on `out` (64 elements); the error, or null.
-extern "C" __attribute__((visibility("default"))) const char* run_planted(const char* name,
-                                                                          int* out) {
+// Runs the kernel called `name` on `out` (64 elements); returns the error, or null.
+extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name,
+                                                                         int* out) {
   for (const Named& one : kKernels) {
     if (strcmp(one.name, name)) continue;
     cudaLaunchConfig_t config = {};
