@@ -128,8 +128,8 @@ def _bytes_per_column(dtype: str, phase: str) -> int:
 
 def _instructions() -> dict[str, float]:
     """Of the default path in bfloat16, forward and backward."""
-    asked = tiling.path(2.0, 1.0, True, "labels")
-    counts = [tiling.instruction_budget(kernel, "bfloat16", asked, True) for kernel in ("row", "gradient")]
+    asked = tiling.variant(2.0, 1.0, True, "labels")
+    counts = [tiling.instruction_limit(kernel, "bfloat16", asked, True) for kernel in ("row", "gradient")]
     return {"forward": counts[0], "backward": counts[1], "both": sum(counts)}
 
 

@@ -27,10 +27,10 @@ CHOSEN = [
     ),
     *(aot.Variant(kernel, "bfloat16", (1.5, 0.5), 90) for kernel in ("row", "second", "gradient")),
     *(aot.Variant(kernel, "bfloat16", (2, 1), 90, wide=False) for kernel in ("row", "gradient")),
-    *(aot.Variant(kernel, "float16", (4, 2), 90, targets="mask") for kernel in ("row", "gradient")),
+    *(aot.Variant(kernel, "float16", (4, 2), 90, targets="valid_mask") for kernel in ("row", "gradient")),
     *(aot.Variant(kernel, "float64", None, 90, targets="none") for kernel in ("row", "gradient")),
     aot.Variant("partial", "bfloat16", (2, 1), 90),
-    aot.Variant("finish", "bfloat16", (2, 1), 90),
+    aot.Variant("combine", "bfloat16", (2, 1), 90),
 ]
 
 
@@ -44,7 +44,7 @@ def test_budgets(variant):
 def test_default_path_beats_the_first_budget():
     """24 instructions per column forward and 19 backward were asked for."""
     for kernel, most in (("row", 24), ("gradient", 19)):
-        assert aot.tiling.instruction_budget(kernel, "bfloat16", aot.path(DEFAULT), True) < most
+        assert aot.tiling.instruction_limit(kernel, "bfloat16", aot.path(DEFAULT), True) < most
 
 
 LISTING = """
@@ -100,18 +100,18 @@ def test_spills_of_a_loop_over_rows_count_once_a_row():
 
 
 def test_a_budget_that_is_exceeded_is_reported(monkeypatch):
-    monkeypatch.setattr(aot.tiling, "instruction_budget", lambda *arguments: 10.0)
-    monkeypatch.setattr(aot.tiling, "register_budget", lambda dtype, path: 16)
+    monkeypatch.setattr(aot.tiling, "instruction_limit", lambda *arguments: 10.0)
+    monkeypatch.setattr(aot.tiling, "register_limit", lambda dtype, path: 16)
     failures = "; ".join(aot.check(DEFAULT).failures)
     assert "instructions per column, budget 10" in failures
     assert "registers, budget 16" in failures
 
 
 def test_command_line(capsys):
-    assert command.main(["--aot", "--arch", "90", "--only", "finish bfloat16 (2,1)", "--jobs", "1"]) == 0
+    assert command.main(["--aot", "--arch", "90", "--only", "combine bfloat16 (2,1)", "--jobs", "1"]) == 0
     text = capsys.readouterr().out
     assert "1 of 1 within their budgets" in text
-    assert "finish bfloat16 (2,1) wide labels sm_90" in text
+    assert "combine bfloat16 (2,1) wide labels sm_90" in text
 
 
 def test_module_runs_as_a_command():

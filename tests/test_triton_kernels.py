@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: a GPU's tiling, rows that several programs share, refusals."""
+"""Tests of the Triton backend alone: the tiling on a GPU, rows that several programs share, refusals."""
 
 from __future__ import annotations
 
@@ -33,43 +33,45 @@ needs_kernels = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", STORAGES)
 @pytest.mark.parametrize("columns", [1, 1000, 32128, 128256, 262144, 2**24])
 @pytest.mark.parametrize("rows", [1, 8, 1024, 4096, 10**6])
-def test_plans(rows, columns, dtype):
-    """Powers of two, within the limits of a launch, and no more splits than tiles."""
-    for plan in (
-        tiling.forward_plan(rows, columns, STORAGES[dtype], H200),
-        tiling.backward_plan(rows, columns, STORAGES[dtype], H200),
+def test_launch_configs(rows, columns, dtype):
+    """Tiles are powers of two within the limits of a launch, and there are no more splits than tiles."""
+    for config in (
+        tiling.forward_config(rows, columns, STORAGES[dtype], H200),
+        tiling.backward_config(rows, columns, STORAGES[dtype], H200),
     ):
-        tile = plan.tile
-        assert tile.threads == 32 * tile.warps <= 32 * tiling.MOST_WARPS
+        tile = config.tile
+        assert tile.threads == 32 * tile.warps <= 32 * tiling.MAX_WARPS
         assert tile.threads & (tile.threads - 1) == 0
         assert tile.vector * dtype.itemsize == tiling.VECTOR_BYTES
         assert tile.columns == tile.block * tile.loads == tile.threads * tile.parts * tile.width
-        assert 1 <= plan.splits <= max(1, -(-columns // tile.columns))
+        assert 1 <= config.splits <= max(1, -(-columns // tile.columns))
 
 
 def test_few_wide_rows_use_the_whole_device():
-    """N = 8 at V = 262,144 must not run on 8 multiprocessors; the paper's head needs one launch."""
-    assert 8 * tiling.forward_plan(8, 262144, STORAGES[torch.bfloat16], H200).splits >= 132
-    assert 8 * tiling.backward_plan(8, 262144, STORAGES[torch.bfloat16], H200).splits >= 132
-    assert tiling.forward_plan(1024, 32128, STORAGES[torch.bfloat16], H200).splits == 1
-    assert tiling.forward_plan(4096, 128256, STORAGES[torch.bfloat16], H200).tile.warps == 1
+    """8 rows of 262,144 columns use all multiprocessors, and the paper's head needs a single launch."""
+    assert 8 * tiling.forward_config(8, 262144, STORAGES[torch.bfloat16], H200).splits >= 132
+    assert 8 * tiling.backward_config(8, 262144, STORAGES[torch.bfloat16], H200).splits >= 132
+    assert tiling.forward_config(1024, 32128, STORAGES[torch.bfloat16], H200).splits == 1
+    assert tiling.forward_config(4096, 128256, STORAGES[torch.bfloat16], H200).tile.warps == 1
 
 
-@pytest.mark.parametrize(("shape", "stride", "wide"), [((4, 64), 64, True), ((4, 63), 64, True), ((4, 63), 63, False)])
-def test_wide_rows(shape, stride, wide):
+@pytest.mark.parametrize(
+    ("shape", "stride", "aligned16"), [((4, 64), 64, True), ((4, 63), 64, True), ((4, 63), 63, False)]
+)
+def test_aligned_rows(shape, stride, aligned16):
     rows = torch.empty(4 * 64 + 8).as_strided(shape, (stride, 1))
     assert rows.data_ptr() % tiling.VECTOR_BYTES == 0
-    assert package._storage(rows).wide == wide
-    assert not package._storage(rows[:, 1:]).wide
-    assert not package._storage(rows, rows[:, 1:]).wide
+    assert package._storage(rows).aligned16 == aligned16
+    assert not package._storage(rows[:, 1:]).aligned16
+    assert not package._storage(rows, rows[:, 1:]).aligned16
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The lanes and loads of a GPU, and enough multiprocessors for every row to be split."""
+    """Use the lanes and loads of a GPU, and enough multiprocessors that every row is split."""
     monkeypatch.setattr(package, "_device", lambda device: H200)
     tile = tiling._tile
-    # but the interpreter's way to round
+    # Only the rounding to bfloat16 remains that of the interpreter.
     monkeypatch.setattr(tiling, "_tile", lambda *size: tile(*size)._replace(interpreted=triton_interpreter.ACTIVE))
 
 
@@ -80,15 +82,14 @@ def as_on_a_gpu(monkeypatch):
     [*((dtype, 2, 1) for dtype in STORAGES), (torch.float32, 4, 2), (torch.float32, 1.5, 0.5), (torch.bfloat16, 1, 0)],
 )
 def test_shared_rows_triton(dtype, alpha, beta):
-    """Several programs per row; the maximum in the first, a middle and the last of them, tied, and not a column."""
+    """Several programs share a row; its maximum is in the first, in a middle and in the last split, or tied."""
     columns = 40_000
-    plan = tiling.forward_plan(4, columns, STORAGES[dtype], H200)
-    assert plan.splits > 1
+    assert tiling.forward_config(4, columns, STORAGES[dtype], H200).splits > 1
     case = make_case("lm_like", 4, columns, dtype, seed=1, ignored=1)
     logits = case.logits.clone()
     labels = case.labels.clone()
     first, second, third = (labels != -100).nonzero().flatten().tolist()
-    # Above the noise, but not so far that two columns of 1/2 each leave no gradient to compare.
+    # Above the noise, but not so far that the two columns have p = 1/2 each and no other column has a gradient.
     logits[first, [3, columns - 2]] = 3.0
     logits[second, columns - 1] = 14.0
     logits[third, : columns // 2] = -math.inf
@@ -107,7 +108,7 @@ def test_shared_rows_triton(dtype, alpha, beta):
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize(("place", "value"), [(0, math.nan), (17_000, math.inf), (39_999, math.nan)])
 def test_poison_in_one_split_triton(place, value):
-    """NaN arrives through the sums of its split, in the terms and in the whole gradient of its row alone."""
+    """A NaN reaches, through the sums of its split, the terms and the whole gradient of its row and of no other row."""
     logits = make_case("normal_1", 2, 40_000, seed=2).logits.to(DEVICE)
     labels = torch.tensor([1, 2], device=DEVICE)
     clean = evaluate(logits, labels, ("loss",), backend="triton")
@@ -122,8 +123,8 @@ def test_poison_in_one_split_triton(place, value):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_unaligned_rows_give_the_same_bits_triton(dtype):
-    """Two-byte loads instead of 16-byte ones: other instructions, the same columns in every thread."""
+def test_unaligned_rows_are_bitwise_identical_triton(dtype):
+    """Two-byte loads instead of 16-byte loads: the instructions differ, but every thread has the same columns."""
     case = make_case("lm_like", 3, 2048, dtype, seed=3)
     storage = torch.empty(3 * 2051 + 1, dtype=dtype, device=DEVICE)
     unaligned = storage[1:].as_strided((3, 2048), (2051, 1)).copy_(case.logits)
@@ -137,7 +138,7 @@ def test_unaligned_rows_give_the_same_bits_triton(dtype):
 
 @needs_kernels
 def test_one_warp_on_the_widest_row_triton(monkeypatch):
-    """Each thread adds 4096 columns per sum: in float32 alone SCED of a near-uniform row is off by 2e-4."""
+    """Each thread adds 4096 columns per sum; in float32 alone, SCED of a near-uniform row would be wrong by 2e-4."""
     tile = tiling._tile
     monkeypatch.setattr(package, "_device", lambda device: H200._replace(multiprocessors=0))
     monkeypatch.setattr(tiling, "_tile", lambda *size: tile(*size)._replace(interpreted=triton_interpreter.ACTIVE))
@@ -162,18 +163,18 @@ def test_splits_agree_with_one_program_triton(monkeypatch):
 
 
 @needs_kernels
-def test_a_maximum_that_rises_after_a_fold_triton(monkeypatch):
-    """One warp to a row of several folds: what has been folded moves as well."""
+def test_a_maximum_that_rises_after_a_flush_triton(monkeypatch):
+    """With one warp per row there are several flushes per row; a new maximum must move the flushed sums too."""
     device = H200._replace(multiprocessors=1, interpreted=triton_interpreter.ACTIVE)
     monkeypatch.setattr(package, "_device", lambda _: device)
     case = make_case("normal_1", 16, 9000, seed=5)
     logits, labels = case.logits.to(DEVICE), case.labels.to(DEVICE)
-    logits[:, 5000], logits[:, 8500] = 7.0, 8.0  # a fold is 16 tiles of 256 columns
+    logits[:, 5000], logits[:, 8500] = 7.0, 8.0  # the sums are flushed after 16 tiles of 256 columns
     check_evaluation(evaluate(logits, labels, ("loss",), backend="triton"), oracle(logits, labels, ("loss",)))
 
 
 def test_reason_on_the_cpu():
-    """Without its interpreter the backend refuses CPU tensors, and says what it takes."""
+    """Without the interpreter the backend refuses CPU tensors and names the tensors that it takes."""
     program = """
 import torch
 from caref_kernels import backends, caref_loss, explain

@@ -1,4 +1,4 @@
-"""The Triton row formulas on a grid against objective.py, their twin by name."""
+"""The Triton row formulas against their counterparts in objective.py, on a grid."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_density_and_slope(alpha, beta, dtype):
     for function in ("sced_density", "sced_slope"):
         expected = getattr(objective, function)(p.double(), ratio.double(), q.double(), alpha, beta)
         actual = _run(function, p, ratio, q, alpha, beta)
-        # Point by point, so that the large ones do not hide the small ones.
+        # Compare relative errors point by point, so that large values do not hide errors of small ones.
         scale = expected.abs().clamp_min(torch.finfo(dtype).tiny * 1e10)
         check_identity(actual.double() / scale, expected / scale, _identity(dtype), f"{function} {alpha} {beta}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("alpha", "beta"), tiling.EVEN_EXPONENTS)
+@pytest.mark.parametrize(("alpha", "beta"), tiling.ONE_PASS_EXPONENTS)
 def test_slope_of_even_exponents(alpha, beta, dtype):
     p, ratio, q = _grid(dtype)
     expected = 0.75 * objective.sced_slope(p.double(), ratio.double(), q.double(), alpha, beta) / q.double()
@@ -121,12 +121,12 @@ def test_one_hot(dtype):
 
 
 @triton.jit
-def _moments_kernel(y_ptr, out_ptr, delta, c, d, PATH: tl.constexpr, N: tl.constexpr):
+def _moments_kernel(y_ptr, out_ptr, delta, c, d, VARIANT: tl.constexpr, N: tl.constexpr):
     index = tl.arange(0, N)[:, None]
     y = tl.load(y_ptr + index)
     step = (index * 0).to(tl.float64) + delta
-    sums = row_math.add_columns(row_math.zero_sums(y * 0, PATH), y, PATH)
-    sums = row_math.shift_sums(row_math.add_top(sums, 1.0, PATH), tl.sum(step) / N, PATH)
+    sums = row_math.add_columns(row_math.zero_sums(y * 0, VARIANT), y, VARIANT)
+    sums = row_math.shift_sums(row_math.add_top(sums, 1.0, VARIANT), tl.sum(step) / N, VARIANT)
     totals = ()
     for part in tl.static_range(len(sums)):
         totals = totals + (tl.sum(sums[part]),)
@@ -134,13 +134,13 @@ def _moments_kernel(y_ptr, out_ptr, delta, c, d, PATH: tl.constexpr, N: tl.const
     below = totals[0] * 0 + d
     tl.store(out_ptr, totals[0])
     tl.store(out_ptr + 1, totals[1])
-    tl.store(out_ptr + 2, row_math.sced_from_moments(totals, about, below, PATH))
-    tl.store(out_ptr + 3, row_math.slope_sum_from_moments(totals, about, below, PATH))
+    tl.store(out_ptr + 2, row_math.sced_from_moments(totals, about, below, VARIANT))
+    tl.store(out_ptr + 3, row_math.slope_sum_from_moments(totals, about, below, VARIANT))
 
 
-@pytest.mark.parametrize(("alpha", "beta"), tiling.EVEN_EXPONENTS)
+@pytest.mark.parametrize(("alpha", "beta"), tiling.ONE_PASS_EXPONENTS)
 def test_moments(alpha, beta):
-    """Sums of 64 columns and 64 former maxima, seen from a maximum 1.5 higher."""
+    """Sums of 64 columns and of 64 former maxima, moved to a maximum that is larger by 1.5."""
     y = torch.linspace(-9, 0, 64, dtype=torch.float64)
     shifted = torch.cat((y, torch.zeros(64))) - 1.5
     e, d, c = shifted.exp(), torch.tensor(40.0).double(), -4.25
@@ -153,7 +153,7 @@ def test_moments(alpha, beta):
         (p * slope).sum(),
     ]
     out = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-    _moments_kernel[(1,)](y.to(DEVICE), out, -1.5, c, 40.0, tiling.path(alpha, beta, True, "none"), 64)
+    _moments_kernel[(1,)](y.to(DEVICE), out, -1.5, c, 40.0, tiling.variant(alpha, beta, True, "none"), 64)
     check_identity(out.cpu(), torch.stack(expected), "float64")
 
 

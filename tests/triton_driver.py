@@ -1,7 +1,7 @@
-"""A driver for Triton where there is no device: a launch is specialized and compiled as for a GPU, and written down.
+"""A recording stub of the Triton driver: launches are specialized and compiled as for a GPU, and recorded.
 
-What ahead-of-time compilation does not see is what Triton makes of the arguments of a call: their types, the ones that
-it turns into constants, and how many kernels that makes.
+Unlike ahead-of-time compilation, this shows how Triton treats the arguments of a call: their types, which of them
+become constants, and how many kernels are compiled.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-# Stream, function, metadata of the kernel and of the launch, and a hook each for before and after.
+# The arguments of a launch before those of the kernel: stream, function, two metadata objects, two hooks.
 _BEFORE_ARGUMENTS = 6
 
 
 class Launch(NamedTuple):
-    """One launch: ``signature`` has the type of each parameter, "constexpr" for those that are compiled in."""
+    """One launch; ``signature`` has the type of each parameter, "constexpr" for compile-time constants."""
 
     kernel: str
     grid: tuple[int, int, int]
     signature: dict[str, str]
     arguments: dict[str, Any]
-    most_registers: int | None  # of a thread, if the launch says so
+    max_registers: int | None  # per thread, if the launch limits them
 
 
 class RecordingDriver:
-    """What Triton asks of a driver, for one device that runs nothing."""
+    """The methods of a driver that Triton calls, for one device that runs nothing."""
 
     def __init__(self, capability: int, launches: list[Launch]) -> None:
         self._capability = capability
@@ -47,7 +47,7 @@ class RecordingDriver:
         return {"max_shared_mem": 227 * 1024}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
-        """(module, function, registers, spills, most threads); nothing is loaded that would be unloaded."""
+        """(module, function, registers, spills, maximum threads) of a kernel that is not loaded."""
         return None, 1, 0, 0, 1024
 
     def launcher_cls(self, source, metadata):
@@ -55,15 +55,15 @@ class RecordingDriver:
 
         def launch(x, y, z, *others):
             arguments = dict(zip(names, others[_BEFORE_ARGUMENTS:], strict=True))
-            name, most = source.fn.fn.__name__, metadata.maxnreg
-            self._launches.append(Launch(name, (x, y, z), dict(source.signature), arguments, most))
+            name, max_registers = source.fn.fn.__name__, metadata.maxnreg
+            self._launches.append(Launch(name, (x, y, z), dict(source.signature), arguments, max_registers))
 
         return launch
 
 
 @contextmanager
 def recorded(kernels: list, capability: int = 90) -> Iterator[list[Launch]]:
-    """The launches of ``kernels`` inside of the block; what was compiled for them is forgotten at its end."""
+    """Record the launches of ``kernels`` in a with-block; their compiled code is discarded at its end."""
     from triton.runtime import driver
 
     before, launches = driver._active, []
@@ -78,6 +78,6 @@ def recorded(kernels: list, capability: int = 90) -> Iterator[list[Launch]]:
             kernel.device_caches.clear()
 
 
-def variants(kernel) -> int:
-    """How many times ``kernel`` was compiled inside of the block."""
+def compilations(kernel) -> int:
+    """The number of times that ``kernel`` was compiled in the with-block."""
     return sum(len(caches[0]) for caches in kernel.device_caches.values())

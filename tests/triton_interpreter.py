@@ -1,6 +1,6 @@
-"""Triton's interpreter in the suite: which tests are too large for it, and shortcuts that make it six times faster.
+"""Triton's interpreter in the suite: the tests that are too slow for it, and changes that make it six times faster.
 
-It runs the kernels as numpy calls, about 20 us each, for one program after another.
+The interpreter executes each operation of a kernel as a numpy call, which takes about 20 us, one program after another.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from caref_kernels.backends import triton as backend
 
 ACTIVE = backend.INTERPRETED
-# The widest rows, and the most rows, that a test may have under it.
+# The widest rows that a test may have under the interpreter.
 WIDEST = 33_000
-# Of the rows of a real model it takes every fourth.
+# Under the interpreter only every fourth row of a real model is tested.
 STEP = 4
-# Tests of many rows, of a width that is written in the test, or of many threads (the interpreter has global state).
+# Tests of many rows, of rows whose width is not a parameter, or of many threads (the interpreter has global state).
 TOO_LARGE = frozenset(
     {
         "test_any_split",
@@ -55,9 +55,9 @@ TOO_LARGE = frozenset(
         "test_widest_vocabulary",
     }
 )
-# The paths of the kernels that differ: one pass, two passes, and one pass with most sums.
+# Exponents of different variants of the kernels: one pass, two passes, and one pass with the most sums.
 GRADCHECKED = ((2.0, 1.0), (1.5, 0.5), (4.0, 2.0))
-# Of each test of heads and shards that runs here at all: the parameters that it runs with.
+# Tests of heads and shards, and the only parameters with which they run under the interpreter.
 FEW: dict[str, dict[str, object]] = {
     "test_chunked_equals_unchunked": {"chunk_rows": None},
     "test_dtypes_and_exponents": {"exponents": (2.0, 1.0)},
@@ -69,24 +69,24 @@ FEW: dict[str, dict[str, object]] = {
     "test_value_and_gradients": {"dtype": torch.bfloat16},
     "test_options": {"regime": "lm_like", "options": {"alpha": 1.5, "beta": 0.5}},
 }
-# Regimes in rows as wide as a vocabulary.
+# The regimes that are tested in rows as wide as a vocabulary.
 WIDE_REGIMES = ("near_uniform", "confident_1e-7", "lm_like", "tied_maxima")
 
 
 def is_too_large(name: str, parameters: dict[str, object]) -> bool:
-    """Whether a test with these parameters would take the interpreter too long."""
+    """Whether a test with these parameters is too slow for the interpreter."""
     if name == "test_gradcheck" and (parameters["alpha"], parameters["beta"]) not in GRADCHECKED:
         return True
-    # What surrounds the kernels of a head or a shard is the same for every backend: a few of their tests are enough.
+    # The code around the kernels of a head or a shard is the same for every backend, so a few of these tests suffice.
     if name in FEW and not all(parameters.get(key, value) == value for key, value in FEW[name].items()):
         return True
-    # Rows of float64 lie like those of float32.
+    # The layouts of float64 rows are those of float32 rows.
     if name == "test_layout" and parameters["dtype"] == torch.float64:
         return True
-    # Regimes differ within a tile; of whole rows, those where tiles differ or sums are long.
+    # Most regimes are covered by rows of a few tiles; in wide rows only those in which tiles differ or sums are long.
     if name == "test_distributions" and parameters["columns"] == 32_128:
         return parameters["regime"] not in WIDE_REGIMES
-    # Of the rows that are wider than the lists of a selection, ones with ties and ones without.
+    # Rows wider than the lists of a selection are tested with one regime that has ties and one that has none.
     if name == "test_values_given_the_support" and parameters["columns"] == 5000:
         return parameters["regime"] not in ("lm_like", "tied_maxima")
     columns = parameters.get("columns", 0)
@@ -94,11 +94,11 @@ def is_too_large(name: str, parameters: dict[str, object]) -> bool:
 
 
 def quicken() -> None:
-    """Skip what has no effect.
+    """Make the interpreter skip work that has no effect.
 
-    The interpreter prepares triton.language again at every call of a device function, also where it still is: three
-    quarters of its time.  It computes every sum of integers a second time in 64 bits for an assertion that is made with
-    the option ``debug`` alone: two fifths of the rest.
+    It patches triton.language at every call of a device function even if it is patched already, which takes three
+    quarters of its time.  It also repeats every integer sum in 64 bits for an assertion that is only checked with the
+    option ``debug``, which takes two fifths of the rest.
     """
     from triton.runtime import interpreter
 

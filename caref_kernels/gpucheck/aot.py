@@ -12,7 +12,7 @@ from . import machine_code
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
 # Every one-pass path, two that take a second pass (one with a logarithm, one without), and no SCED at all.
-EXPONENTS = (*tiling.EVEN_EXPONENTS, (1, 1), (1.5, 0.5), None)
+EXPONENTS = (*tiling.ONE_PASS_EXPONENTS, (1, 1), (1.5, 0.5), None)
 DEFAULT = (2, 1)
 # The reference machine of performance figures; only the choice of tiles depends on it.
 DEVICE = tiling.Device(multiprocessors=132, warp_size=32)
@@ -22,13 +22,13 @@ _ROWS, _FEW_ROWS, _COLUMNS = 4096, 8, 128_256
 class Variant(NamedTuple):
     """One kernel as it is compiled for one kind of call."""
 
-    kernel: str  # row, partial, second, finish, mask or gradient
+    kernel: str  # row, partial, second, combine, topk or gradient
     dtype: str
     exponents: tuple[float, float] | None  # None: without SCED
     architecture: int
     wide: bool = True
     targets: str = "labels"
-    masked: bool = False  # the gradient of a masked row; "mask" always is
+    masked: bool = False  # the gradient of a masked row; "topk" always is
 
     def __str__(self) -> str:
         exponents = "no SCED" if self.exponents is None else "{:g},{:g}".format(*self.exponents)
@@ -56,16 +56,16 @@ def variants(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Variant]:
                     yield Variant(kernel, dtype, exponents, architecture)
             for kernel in ("row", "gradient"):
                 yield Variant(kernel, dtype, DEFAULT, architecture, wide=False)
-                yield Variant(kernel, dtype, DEFAULT, architecture, targets="mask")
+                yield Variant(kernel, dtype, DEFAULT, architecture, targets="valid_mask")
                 yield Variant(kernel, dtype, DEFAULT, architecture, targets="none")
             for exponents in (DEFAULT, (1.5, 0.5)):
                 yield Variant("partial", dtype, exponents, architecture)
-                yield Variant("finish", dtype, exponents, architecture)
+                yield Variant("combine", dtype, exponents, architecture)
             yield Variant("second", dtype, (1.5, 0.5), architecture)
             for exponents in (DEFAULT, (1.5, 0.5)):
-                yield Variant("mask", dtype, exponents, architecture, masked=True)
+                yield Variant("topk", dtype, exponents, architecture, masked=True)
                 yield Variant("gradient", dtype, exponents, architecture, masked=True)
-            yield Variant("mask", dtype, DEFAULT, architecture, wide=False, masked=True)
+            yield Variant("topk", dtype, DEFAULT, architecture, wide=False, masked=True)
 
 
 def compile_variant(variant: Variant) -> bytes:
@@ -78,8 +78,8 @@ def compile_variant(variant: Variant) -> bytes:
     aligned = [["tt.divisibility", 16]]
     attributes = {(index,): aligned for index, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     target = GPUTarget("cuda", variant.architecture, 32)
-    options = {**COMPILER_OPTIONS, "num_warps": 1 if variant.kernel == "finish" else tile.warps}
-    if variant.kernel == "mask":
+    options = {**COMPILER_OPTIONS, "num_warps": 1 if variant.kernel == "combine" else tile.warps}
+    if variant.kernel == "topk":
         options["maxnreg"] = plan(variant).registers
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).asm[
         "cubin"
@@ -93,18 +93,18 @@ def check(variant: Variant) -> Result:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     code = machine_code.read(compile_variant(variant), tools)
     failures = []
-    most_stack = tiling.stack_budget(variant.kernel, path(variant), variant.wide, variant.dtype)
-    most_spills = tiling.spill_budget(path(variant))
+    most_stack = tiling.stack_limit(variant.kernel, path(variant), variant.wide, variant.dtype)
+    most_spills = tiling.spill_limit(path(variant))
     if code.looped_spills > most_spills or code.stack > most_stack:
         failures.append(
             f"{code.looped_spills} spills in loops, {code.stack} bytes of stack, budget {most_spills} and {most_stack}"
         )
-    most = tiling.register_budget(variant.dtype, path(variant))
+    most = tiling.register_limit(variant.dtype, path(variant))
     if code.registers > most:
         failures.append(f"{code.registers} registers, budget {most}")
-    if variant.kernel == "finish":  # no loop over columns
+    if variant.kernel == "combine":  # no loop over columns
         return Result(variant, code, None, None, tuple(failures))
-    if variant.kernel == "mask":
+    if variant.kernel == "topk":
         return _checked_selection(variant, code, failures)
     tile, asked = plan(variant).tile, path(variant)
     loops = code.main_loops()
@@ -112,7 +112,7 @@ def check(variant: Variant) -> Result:
     if len(loops) != expected:
         failures.append(f"{len(loops)} main loops, expected {expected}")
     per_column = sum(len(loop.turn) for loop in loops) / (tile.vector * tile.loads)
-    budget = tiling.instruction_budget(variant.kernel, variant.dtype, asked, variant.wide)
+    budget = tiling.instruction_limit(variant.kernel, variant.dtype, asked, variant.wide)
     if per_column > budget:
         failures.append(f"{per_column:.1f} instructions per column, budget {budget:g}")
     narrow = sum(loop.count("LDG") - loop.count("LDG.E.128", "LDG.E.ENL2.128") for loop in loops)
@@ -123,7 +123,7 @@ def check(variant: Variant) -> Result:
 
 def _checked_selection(variant: Variant, code: machine_code.MachineCode, failures: list[str]) -> Result:
     """The loops that read a whole row: the one that lists columns, and those that count them."""
-    tile, even = plan(variant).tile, path(variant).even
+    tile, even = plan(variant).tile, path(variant).one_pass
     sweeps = [loop for loop in code.sweeps() if not loop.count("MUFU", "DFMA")]
     listing = [loop for loop in sweeps if loop.count("STG")]
     if len(listing) != 1 or len(sweeps) < 2:
@@ -132,32 +132,32 @@ def _checked_selection(variant: Variant, code: machine_code.MachineCode, failure
     for loop in sweeps:
         kind = "list" if loop in listing else "count"
         costs.append(len(loop.turn) / (tile.vector * tile.loads))
-        budget = tiling.selection_budget(kind, variant.dtype, even, variant.wide)
+        budget = tiling.selection_limit(kind, variant.dtype, even, variant.wide)
         if costs[-1] > budget:
             failures.append(f"{costs[-1]:.1f} instructions per column to {kind}, budget {budget:g}")
-    budget = tiling.selection_budget("list", variant.dtype, even, variant.wide)
+    budget = tiling.selection_limit("list", variant.dtype, even, variant.wide)
     return Result(variant, code, max(costs, default=None), budget, tuple(failures))
 
 
-def plan(variant: Variant) -> tiling.Plan | tiling.SelectionPlan:
+def plan(variant: Variant) -> tiling.LaunchConfig | tiling.SelectionConfig:
     """The tile of ``variant``, at the size of a language model's batch."""
     storage = _storage(variant)
-    if variant.kernel == "mask":
-        return tiling.selection_plan(_ROWS, path(variant).even, storage, DEVICE)
+    if variant.kernel == "topk":
+        return tiling.selection_config(_ROWS, path(variant).one_pass, storage, DEVICE)
     if variant.kernel == "gradient":
-        return tiling.backward_plan(_ROWS, _COLUMNS, storage, DEVICE)
+        return tiling.backward_config(_ROWS, _COLUMNS, storage, DEVICE)
     rows = _ROWS if variant.kernel == "row" else _FEW_ROWS
-    return tiling.forward_plan(rows, _COLUMNS, storage, DEVICE)
+    return tiling.forward_config(rows, _COLUMNS, storage, DEVICE)
 
 
 def _storage(variant: Variant) -> tiling.Storage:
     return tiling.Storage(DTYPES[variant.dtype][1], variant.wide, variant.dtype == "bfloat16")
 
 
-def path(variant: Variant) -> tiling.Path:
+def path(variant: Variant) -> tiling.Variant:
     """What the kernel of ``variant`` is asked for."""
     alpha, beta = variant.exponents or (1, 0)
-    return tiling.path(alpha, beta, variant.exponents is not None, variant.targets, variant.masked)
+    return tiling.variant(alpha, beta, variant.exponents is not None, variant.targets, variant.masked)
 
 
 def _source(variant: Variant):
@@ -169,21 +169,21 @@ def _source(variant: Variant):
     storage = DTYPES[variant.dtype][0]
     element = "fp64" if variant.dtype == "float64" else "fp32"
     pointers = {
-        "logits": f"*{storage}", "out": f"*{storage}", "targets": "*u8" if variant.targets == "mask" else "*i64",
+        "logits": f"*{storage}", "out": f"*{storage}", "targets": "*u8" if variant.targets == "valid_mask" else "*i64",
         "terms": f"*{element}", "stats": f"*{element}", "grad_terms": f"*{element}", "partials": "*fp64",
         "sced_partials": "*fp64", "lists": f"*{storage}",
     }  # fmt: skip
     tile = plan(variant).tile
-    selection = tiling.selection_plan(_ROWS, path(variant).even, _storage(variant), DEVICE).selection
+    selection = tiling.selection_config(_ROWS, path(variant).one_pass, _storage(variant), DEVICE).selection
     constants = {
-        "PATH": path(variant), "TILE": tile, "SELECT": selection, "MOST_SPLITS": tiling.MOST_SPLITS,
+        "VARIANT": path(variant), "TILE": tile, "SELECT": selection, "MAX_SPLITS": tiling.MAX_SPLITS,
         "dtype": language.float64 if element == "fp64" else language.float32,
     }  # fmt: skip
     wide_integers = dict.fromkeys(("outer_stride", "inner_stride", *backward.STRIDES, "scale_bits"), "i64")
     kernel = {
         "row": forward.row_kernel, "partial": forward.partial_kernel, "second": forward.second_kernel,
-        "finish": forward.finish_kernel, "gradient": backward.gradient_kernel,
-        "mask": select.mask_kernel,
+        "combine": forward.combine_kernel, "gradient": backward.gradient_kernel,
+        "topk": select.topk_kernel,
     }[variant.kernel]  # fmt: skip
     signature = {}
     for name in kernel.arg_names:

@@ -1,4 +1,4 @@
-"""Mutants of the top-k masks, in every language: as patches.py."""
+"""Mutants of the top-k masks, in Python, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OBJECTIVE = "caref_kernels/objective.py"
 CONFIG = "caref_kernels/config.py"
 SELECT = "csrc/cpu/select.cpp"
 KEYS = "csrc/cpu/select.h"
-MASKED = "csrc/cpu/masked.h"
+TOPK_SUMS = "csrc/cpu/topk_sums.h"
 BACKWARD = "csrc/cpu/backward.cpp"
 LAUNCH = "csrc/cpu/launch.cpp"
 ROW_MATH = "csrc/row_math.h"
@@ -87,7 +87,7 @@ SPARSE = [
     ),
     *mutants(
         "the arg-max counted twice or not at all; ties broken another way",
-        MASKED,
+        TOPK_SUMS,
         "sparsity",
         "cpu and (one_token or heavy_ties or fewer_finite_logits or support or budgets)",
         ("c-top-summed-with-the-rest", "        list[i] = kNoKey<T>;\n", ""),
@@ -97,20 +97,24 @@ SPARSE = [
         ("c-infinite-columns-kept", "if (mask.selection.threshold == -kInfinityKey<T>) {", "if (false) {"),
     ),
     *mutants(
-        "columns outside the mask counted in the backward, or ties counted whole",
+        "columns outside the top-k mask counted in the backward, or ties counted whole",
         BACKWARD,
         "sparsity",
         "cpu and (one_token or support or budgets or columns_outside or gradients)",
-        ("c-backward-without-mask", "keys > threshold ? splat<T>(sced) : tied", "keys == keys ? splat<T>(sced) : tied"),
+        (
+            "c-backward-without-topk-mask",
+            "keys > threshold ? splat<T>(sced) : tied",
+            "keys == keys ? splat<T>(sced) : tied",
+        ),
         (
             "c-backward-ties-whole",
             "tied_sced(static_cast<T>(row.grad_sced * row.tie_weight))",
             "tied_sced(static_cast<T>(row.grad_sced))",
         ),
-        ("c-label-without-mask", "kIsMasked<Kind> ? row.weight(key_at(place)) : 1.0", "1.0"),
+        ("c-label-without-topk-mask", "kIsTopKMasked<Kind> ? row.weight(key_at(place)) : 1.0", "1.0"),
         (
-            "c-top-slope-without-mask",
-            "  if constexpr (kIsMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));\n",
+            "c-top-slope-without-topk-mask",
+            "  if constexpr (kIsTopKMasked<Kind>) row.top_slope *= row.weight(key_at(logits + row.argmax));\n",
             "",
         ),
     ),
@@ -146,14 +150,14 @@ SPARSE = [
         ("t-ties-not-summed", "density += tied * row_math", "density += 0 * tied * row_math"),
     ),
     *mutants(
-        "columns outside the mask counted in the backward",
+        "columns outside the top-k mask counted in the backward",
         T_BACKWARD,
         "sparsity",
         "triton and (support or budgets) and tied_maxima",
         (
-            "t-top-slope-without-mask",
-            "            top_slope *= row_math.mask_weight(",
-            "            row_math.mask_weight(",
+            "t-top-slope-without-topk-mask",
+            "            top_slope *= row_math.topk_weight(",
+            "            row_math.topk_weight(",
         ),
     ),
     *mutants(

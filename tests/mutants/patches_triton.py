@@ -1,4 +1,4 @@
-"""Mutants of the Triton kernels: as patches.py, tested under Triton's interpreter."""
+"""Mutants of the Triton kernels, tested under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ TRITON = [
         "triton and row_offsets_beyond_32_bits",
         (
             "t-offset-32-bits",
-            "(narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)\n",
-            "((narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n",
+            "(row32 % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)\n",
+            "((row32 % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)).to(tl.int32).to(tl.int64)\n",
         ),
     ),
     *mutants(
@@ -53,13 +53,13 @@ TRITON = [
         ROWS,
         "labels",
         "triton and (bad_label or out_of_range or canaries)",
-        ("t-label-unchecked", "inside = (label >= 0) & (label < columns)", "inside = label == label"),
+        ("t-label-unchecked", "in_range = (label >= 0) & (label < columns)", "in_range = label == label"),
         (
             "t-label-cast-before-check",
             "tl.load(targets + row).to(tl.int64)",
             "tl.load(targets + row).to(tl.int32).to(tl.int64)",
         ),
-        ("t-negative-label", "inside = (label >= 0) & (label < columns)", "inside = label < columns"),
+        ("t-negative-label", "in_range = (label >= 0) & (label < columns)", "in_range = label < columns"),
     ),
     *mutants(
         "NaN swallowed by a maximum",
@@ -81,16 +81,16 @@ TRITON = [
         ("t-contiguous-gradient", "place + SCED * term_stride", "place + SCED"),
     ),
     *mutants(
-        "a wrong merge of maxima",
+        "maxima combined wrongly",
         FORWARD,
         "numerics triton_kernels",
-        "triton and (distributions or widest or tied_maxima or order_of_the_columns or shared or splits or fold)",
+        "triton and (distributions or widest or tied_maxima or order_of_the_columns or shared or splits or flush)",
         ("t-old-maximum-forgotten", 'tl.where(maximum > float("-inf"), one_lane, 0.0)', "one_lane * 0.0"),
-        ("t-sums-not-shifted", "wide = row_math.shift_sums(wide, delta, PATH)", "wide = wide"),
+        ("t-sums-not-shifted", "sums64 = row_math.shift_sums(sums64, delta, VARIANT)", "sums64 = sums64"),
         (
             "t-new-sums-not-shifted",
-            "row_math.add_top(sums, joins, PATH), delta, PATH)",
-            "row_math.add_top(sums, joins, PATH), delta * 0, PATH)",
+            "row_math.add_top(sums, readmitted, VARIANT), delta, VARIANT)",
+            "row_math.add_top(sums, readmitted, VARIANT), delta * 0, VARIANT)",
         ),
         (
             "t-splits-lose-their-maxima",
@@ -99,13 +99,13 @@ TRITON = [
         ),
         (
             "t-last-split-wins",
-            "tl.min(tl.where(maxima == maximum, split, MOST_SPLITS))",
+            "tl.min(tl.where(maxima == maximum, split, MAX_SPLITS))",
             "tl.max(tl.where(maxima == maximum, split, 0))",
         ),
         (
             "t-arg-max-counted",
-            "parts = rows.without(parts, argmax, start, TILE)\n                joins",
-            "joins",
+            "parts = rows.without_column(parts, argmax, start, TILE)\n                readmitted",
+            "readmitted",
         ),
     ),
     *mutants(
@@ -113,7 +113,7 @@ TRITON = [
         TILING,
         "triton_kernels",
         "triton and one_warp",
-        ("t-never-folded", "FOLD = 16", "FOLD = 2**20"),
+        ("t-never-flushed", "FLUSH_TILES = 16", "FLUSH_TILES = 2**20"),
     ),
     *mutants(
         "gradient zero, flipped or halved",
@@ -136,13 +136,13 @@ TRITON = [
         SELECT,
         "triton_launches",
         "",
-        ("t-budgets-specialized", '*("scale_bits", "k_min", "k_max"),', '"scale_bits",'),
+        ("t-topk-spec-specialized", '*("scale_bits", "k_min", "k_max"),', '"scale_bits",'),
     ),
     *mutants(
         "strides assumed",
         LAUNCHES,
         "triton_launches",
         "",
-        ("t-gradient-lies-like-the-logits", "(*row.strides, *_row_strides(out), ", "(*row.strides, *row.strides, "),
+        ("t-gradient-lies-like-the-logits", "(*call.strides, *row_strides(out), ", "(*call.strides, *call.strides, "),
     ),
 ]

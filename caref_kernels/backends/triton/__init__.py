@@ -1,8 +1,8 @@
-"""The Triton kernels for GPUs: when they run, and how they are launched.
+"""The Triton kernels for GPUs: the conditions under which they run, and their launches.
 
-A launch allocates with torch, runs on the current stream of the logits' device, and waits for nothing, so CUDA graphs
-can capture it.  Triton itself is imported at the first launch.  With TRITON_INTERPRET=1 set before the import, Triton's
-interpreter runs the same kernels on CPU tensors, thousands of times slower: that is for tests.
+A launch allocates its memory with torch, runs on the current stream of the logits' device and is asynchronous, so CUDA
+graphs can capture it.  Triton is imported at the first launch.  If TRITON_INTERPRET=1 is set before the import,
+Triton's interpreter runs the same kernels on CPU tensors, thousands of times slower, which is useful for tests.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from torch import Tensor
 from ...config import RowSpec
 from ...objective import NUM_TERMS, accumulation_dtype, statistics_of
 from .. import devices
+from ..compiled import row_strides
 from . import tiling
 
-# Looked for, not imported.
+# Triton is imported at the first launch; here it is only located.
 INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton reads this variable when a kernel is defined; so does this module, once.
+# Triton reads this variable when a kernel is defined, so changing it later has no effect; this module reads it once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-# The CPU plays a small device: large enough for rows to be split, and for the rows of a small batch to share one plan.
+# The device that the interpreter simulates.  It has enough multiprocessors that wide rows are split among programs, and
+# few enough that small batches of different sizes have one configuration.
 INTERPRETER = tiling.Device(multiprocessors=16, warp_size=32, interpreted=True)
-# Contraction to multiply-adds is what the instruction budgets count on; tiles are not pipelined through shared memory,
-# because other warps hide the latency.
+# The instruction limits assume that products and sums are contracted to multiply-adds.  Tiles are not pipelined through
+# shared memory, because other warps hide the latency of memory.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-# Of a float32 atomic-free kernel with 64-bit floats and 16-byte loads: compute capability 8.0 on.
-LEAST_CAPABILITY = (8, 0)
+# Minimum compute capability: the first architecture with bfloat16 arithmetic, and the first whose code is checked.
+MIN_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
@@ -40,7 +42,7 @@ class TritonBackend:
     name = "triton"
 
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
-        """Needs triton, and logits on a GPU that it compiles for, or on the CPU under its interpreter."""
+        """Requires triton, and logits on a GPU that it compiles for, or on the CPU under its interpreter."""
         if not INSTALLED:
             return "triton is not installed (pip install triton, on Linux)"
         if INTERPRETED:
@@ -62,11 +64,11 @@ class TritonBackend:
         terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=logits.device)
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=logits.device)
         if rows:
-            plan = tiling.forward_plan(rows, logits.size(-1), _storage(logits), _device(logits.device))
+            config = tiling.forward_config(rows, logits.size(-1), _storage(logits), _device(logits.device))
             with _guard(logits):
-                _launch_forward(_Rows(logits, targets, spec), terms, stats, plan)
+                _launch_forward(_Call(logits, targets, spec), terms, stats, config)
                 if spec.is_masked:
-                    _launch_selection(_Rows(logits, targets, spec), terms, stats, spec)
+                    _launch_selection(_Call(logits, targets, spec), terms, stats, spec)
         return terms, stats
 
     def gradient(
@@ -77,76 +79,78 @@ class TritonBackend:
         rows = logits.numel() // logits.size(-1)
         if not rows:
             return
-        plan = tiling.backward_plan(rows, logits.size(-1), _storage(logits, out), _device(logits.device))
-        row = _Rows(logits, targets, spec)
-        strides = (*row.strides, *_row_strides(out), *grad_terms.stride())
+        config = tiling.backward_config(rows, logits.size(-1), _storage(logits, out), _device(logits.device))
+        call = _Call(logits, targets, spec)
+        strides = (*call.strides, *row_strides(out), *grad_terms.stride())
         with _guard(logits):
-            backward.gradient_kernel[(rows * plan.splits,)](
-                logits, out, row.targets, stats, grad_terms, row.columns, row.inner_rows, *strides, spec.vocab_size,
-                spec.ignore_index, plan.splits, row.path, plan.tile, **_options(plan.tile),
+            backward.gradient_kernel[(rows * config.splits,)](
+                logits, out, call.targets, stats, grad_terms, call.columns, call.inner_rows, *strides, spec.vocab_size,
+                spec.ignore_index, config.splits, call.variant, config.tile, **_options(config.tile),
             )  # fmt: skip
 
 
-class _Rows:
-    """The arguments that every kernel takes."""
+class _Call:
+    """The arguments that all kernels of a call have in common."""
 
     def __init__(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> None:
         self.logits = logits
         self.columns = logits.size(-1)
         self.inner_rows = logits.size(-2)
-        self.strides = _row_strides(logits)
+        self.strides = row_strides(logits)
         self.vocab_size = spec.vocab_size
         self.ignore_index = spec.ignore_index
-        kind = "none" if targets is None else "mask" if targets.dtype == torch.bool else "labels"
-        # Never read if there are none; a mask is read as bytes.
-        self.targets = logits if targets is None else targets.view(torch.uint8) if kind == "mask" else targets
-        self.path = tiling.path(spec.alpha, spec.beta, spec.with_sced, kind, spec.is_masked)
+        kind = "none" if targets is None else "valid_mask" if targets.dtype == torch.bool else "labels"
+        # Without targets a kernel still needs some pointer, which it never reads; a valid mask is read as bytes.
+        self.targets = logits if targets is None else targets.view(torch.uint8) if kind == "valid_mask" else targets
+        self.variant = tiling.variant(spec.alpha, spec.beta, spec.with_sced, kind, spec.is_masked)
 
 
-def _launch_forward(row: _Rows, terms: Tensor, stats: Tensor, plan: tiling.Plan) -> None:
+def _launch_forward(call: _Call, terms: Tensor, stats: Tensor, config: tiling.LaunchConfig) -> None:
     from . import forward
 
-    tile, splits = plan
-    path = row.path.before_selection if row.path.masked else row.path
+    tile, splits = config
+    variant = call.variant.before_selection if call.variant.topk else call.variant
     options = _options(tile)
-    layout = (row.columns, row.inner_rows, *row.strides)
+    layout = (call.columns, call.inner_rows, *call.strides)
     count = terms.size(0)
     if splits == 1:
         forward.row_kernel[(count,)](
-            row.logits, row.targets, terms, stats, *layout, row.vocab_size, row.ignore_index, path, tile, **options
-        )
+            call.logits, call.targets, terms, stats, *layout, call.vocab_size, call.ignore_index, variant, tile,
+            **options,
+        )  # fmt: skip
         return
     dtype = forward.ELEMENT[terms.dtype]
-    width = forward.PARTIAL_HEAD.value + 2 + path.moments
+    width = forward.PARTIAL_HEAD.value + 2 + variant.moments
     partials = torch.empty((count, splits, width), dtype=torch.float64, device=terms.device)
     sced_partials = torch.empty((count, splits, 2), dtype=torch.float64, device=terms.device)
     forward.partial_kernel[(count * splits,)](
-        row.logits, row.targets, partials, *layout, row.ignore_index, splits, dtype, path, tile, **options
+        call.logits, call.targets, partials, *layout, call.ignore_index, splits, dtype, variant, tile, **options
     )
-    if path.second_pass:
+    if variant.second_pass:
         forward.second_kernel[(count * splits,)](
-            row.logits, row.targets, partials, sced_partials, *layout, row.vocab_size, row.ignore_index, splits, dtype,
-            path, tile, tiling.MOST_SPLITS, **options,
+            call.logits, call.targets, partials, sced_partials, *layout, call.vocab_size, call.ignore_index, splits,
+            dtype, variant, tile, tiling.MAX_SPLITS, **options,
         )  # fmt: skip
-    forward.finish_kernel[(count,)](
-        row.logits, row.targets, partials, sced_partials, terms, stats, *layout, row.vocab_size, row.ignore_index,
-        splits, path, tile, tiling.MOST_SPLITS, **options | {"num_warps": 1},
+    forward.combine_kernel[(count,)](
+        call.logits, call.targets, partials, sced_partials, terms, stats, *layout, call.vocab_size, call.ignore_index,
+        splits, variant, tile, tiling.MAX_SPLITS, **options | {"num_warps": 1},
     )  # fmt: skip
 
 
-def _launch_selection(row: _Rows, terms: Tensor, stats: Tensor, spec: RowSpec) -> None:
+def _launch_selection(call: _Call, terms: Tensor, stats: Tensor, spec: RowSpec) -> None:
     from . import select
 
     count = terms.size(0)
-    plan = tiling.selection_plan(count, row.path.even, _storage(row.logits), _device(row.logits.device))
-    tile, sizes, programs, registers = plan
+    config = tiling.selection_config(count, call.variant.one_pass, _storage(call.logits), _device(call.logits.device))
+    tile, sizes, programs, registers = config
     options = _options(tile)
     if registers is not None and torch.version.hip is None:
         options["maxnreg"] = registers
-    lists = torch.empty((programs, sizes.slots * sizes.room), dtype=row.logits.dtype, device=row.logits.device)
-    select.mask_kernel[(programs,)](
-        row.logits, row.targets, terms, stats, lists, count, row.columns, row.inner_rows, *row.strides, row.vocab_size,
-        row.ignore_index, _bits(spec.k_scale), spec.k_min, spec.k_max, row.path, tile, sizes, **options,
+    lists = torch.empty((programs, sizes.slots * sizes.room), dtype=call.logits.dtype, device=call.logits.device)
+    select.topk_kernel[(programs,)](
+        call.logits, call.targets, terms, stats, lists, count, call.columns, call.inner_rows, *call.strides,
+        call.vocab_size, call.ignore_index, _bits(spec.k_scale), spec.k_min, spec.k_max, call.variant, tile, sizes,
+        **options,
     )  # fmt: skip
 
 
@@ -154,19 +158,15 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _row_strides(rows: Tensor) -> tuple[int, int]:
-    return (rows.stride(0), rows.stride(1)) if rows.dim() == 3 else (0, rows.stride(0))
-
-
 def _storage(*matrices: Tensor) -> tiling.Storage:
-    """Rows are wide if in every matrix each of them starts at a multiple of 16 bytes."""
+    """The layout of ``matrices``: aligned16 if in every one of them each row starts at a multiple of 16 bytes."""
     first = matrices[0]
-    wide = all(
+    aligned16 = all(
         (start * first.itemsize) % tiling.VECTOR_BYTES == 0
         for rows in matrices
-        for start in (rows.data_ptr() // first.itemsize, *_row_strides(rows))
+        for start in (rows.data_ptr() // first.itemsize, *row_strides(rows))
     )
-    return tiling.Storage(first.itemsize, wide, first.dtype == torch.bfloat16)
+    return tiling.Storage(first.itemsize, aligned16, first.dtype == torch.bfloat16)
 
 
 def _options(tile: tiling.Tile) -> dict[str, object]:
@@ -174,7 +174,7 @@ def _options(tile: tiling.Tile) -> dict[str, object]:
 
 
 def _guard(logits: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, wherever its arguments are."""
+    """Make the device of the logits current, because Triton launches on the current device."""
     return torch.cuda.device_of(logits) if logits.is_cuda else contextlib.nullcontext()
 
 
@@ -196,6 +196,6 @@ def _capability_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return None
     capability = devices.capability(device)
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}; triton's code needs 8.0 or later"
     return None

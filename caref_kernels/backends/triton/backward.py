@@ -1,8 +1,9 @@
-"""The gradient of rows: one read, one write.  p is computed again from the logits; the three term gradients are scaled
-by the row's incoming gradient and added in float32 (float64), and rounded once.
+"""The gradient of rows, with one read and one write of each element.
 
-A program reads a tile before it writes it and looks at no other element of the row, so the gradient may overwrite the
-logits.  The arg-max and label columns have a form of their own, applied in the two tiles that hold them.
+p is recomputed from the logits; the gradients of the three terms are scaled by the row's incoming gradient, added in
+float32 (float64 for float64 logits), and rounded once.  A program reads a tile before it writes it and reads no other
+element of the row, so the gradient may overwrite the logits.  The arg-max and label columns have formulas of their own,
+which are applied in the tiles that hold these columns.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import triton.language as tl
 
 from . import row_math, rows
 
-# Every one an argument of its own: Triton specializes the members of a tuple, whatever it is told.
+# Each stride is an argument of its own, because Triton specializes members of a tuple in spite of do_not_specialize.
 STRIDES = ["logits_outer", "logits_inner", "out_outer", "out_inner", "grad_row", "grad_term"]
 INTEGERS = ["columns", "inner_rows", *STRIDES, "vocab_size", "ignore_index", "splits"]
-# Columns of the statistics, twins of objective.STATISTICS, and of the terms.
+# Columns of the statistics, counterparts of objective.STATISTICS, and of the terms.
 MAXIMUM = tl.constexpr(0)
 ARGMAX = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
 MEAN_SHIFT = tl.constexpr(3)
 SLOPE_SUM = tl.constexpr(4)
-# Further ones of rows with a mask, twins of objective.MASK_STATISTICS.
-SUPPORT = tl.constexpr(5)
+# Additional columns of the statistics if SCED has a top-k mask, as in objective.py.
+NUM_KEPT = tl.constexpr(5)
 THRESHOLD = tl.constexpr(6)
 TIE_WEIGHT = tl.constexpr(7)
 CE = tl.constexpr(0)
@@ -31,67 +32,67 @@ KL = tl.constexpr(2)
 
 
 @triton.jit
-def statistic(stats, row, INDEX: tl.constexpr, PATH: tl.constexpr):
-    return tl.load(stats + row * PATH.statistics + INDEX).to(tl.float64)
+def statistic(stats, row, INDEX: tl.constexpr, VARIANT: tl.constexpr):
+    return tl.load(stats + row * VARIANT.statistics + INDEX).to(tl.float64)
 
 
 @triton.jit
-def incoming(grad_terms, row, row_stride, term_stride, PATH: tl.constexpr):
-    """The row's gradients of (CE, SCED, KL) in float64; without labels there is no CE."""
+def incoming(grad_terms, row, row_stride, term_stride, VARIANT: tl.constexpr):
+    """The incoming gradients of the row's (CE, SCED, KL) in float64; that of CE is 0 if there are no labels."""
     place = grad_terms + row * row_stride.to(tl.int64)
     term_stride = term_stride.to(tl.int64)
     grad_kl = tl.load(place + KL * term_stride).to(tl.float64)
     grad_ce = grad_kl * 0
-    if PATH.targets == "labels":
+    if VARIANT.targets == "labels":
         grad_ce = tl.load(place + CE * term_stride).to(tl.float64)
     return grad_ce, tl.load(place + SCED * term_stride).to(tl.float64), grad_kl
 
 
 @triton.jit
-def row_slopes(stats, grads, row, vocab_size, PATH: tl.constexpr):
-    """What a row's elements need, once per row.
+def row_slopes(stats, grads, row, vocab_size, VARIANT: tl.constexpr):
+    """The constants of a row that its elements need, as float64 scalars.
 
-    (maximum, residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, gradient of the arg-max column without
-    CE) as float64 scalars, where p (constant + grad_kl y + grad_sced f') is the gradient of every other column and
-    top_slope is w_a q_a p_a f'_a.
+    They are (maximum, residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, gradient of the arg-max column
+    without CE), where p (constant + grad_kl y + grad_sced f') is the gradient of every other column and top_slope is
+    w_a q_a p_a f'_a.
     """
     grad_ce, grad_sced, grad_kl = grads
     dtype: tl.constexpr = stats.dtype.element_ty
-    stored = tl.load(stats + row * PATH.statistics + RESIDUAL)
+    stored = tl.load(stats + row * VARIANT.statistics + RESIDUAL)
     residual = stored.to(tl.float64)
-    mean_shift = statistic(stats, row, MEAN_SHIFT, PATH)
+    mean_shift = statistic(stats, row, MEAN_SHIFT, VARIANT)
     d = 1.0 + residual
     c = row_math.log_ratio_offset(residual, vocab_size).to(dtype).to(tl.float64)
     p_top = 1.0 / d
     constant = grad_ce - grad_kl * mean_shift
     top_slope = c * 0
     top = -grad_kl * mean_shift * p_top
-    if PATH.with_sced:
+    if VARIANT.with_sced:
         one_hot = row_math.is_one_hot(stored)
         grad_sced = tl.where(one_hot, 0.0, grad_sced)
         q_top = tl.where(one_hot, 0.5, residual / d)  # the unused branch stays finite
-        slope_sum = tl.where(one_hot, 0.0, statistic(stats, row, SLOPE_SUM, PATH))
-        top_slope = p_top * row_math.sced_slope(p_top, -c, q_top, PATH.alpha, PATH.beta)
-        if PATH.masked:
-            highest = statistic(stats, row, MAXIMUM, PATH)
-            tie_weight = statistic(stats, row, TIE_WEIGHT, PATH)
-            top_slope *= row_math.mask_weight(highest, statistic(stats, row, THRESHOLD, PATH), tie_weight)
+        slope_sum = tl.where(one_hot, 0.0, statistic(stats, row, SLOPE_SUM, VARIANT))
+        top_slope = p_top * row_math.sced_slope(p_top, -c, q_top, VARIANT.alpha, VARIANT.beta)
+        if VARIANT.topk:
+            highest = statistic(stats, row, MAXIMUM, VARIANT)
+            tie_weight = statistic(stats, row, TIE_WEIGHT, VARIANT)
+            top_slope *= row_math.topk_weight(highest, statistic(stats, row, THRESHOLD, VARIANT), tie_weight)
         top += grad_sced * (top_slope - p_top * slope_sum)
-        if PATH.even:
+        if VARIANT.one_pass:
             constant -= grad_sced * (slope_sum + top_slope / q_top)  # beta is an integer: p_a f'_a is finite
         else:
             constant -= grad_sced * slope_sum
     else:
         grad_sced = c * 0
-    return statistic(stats, row, MAXIMUM, PATH), residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top
+    return statistic(stats, row, MAXIMUM, VARIANT), residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top
 
 
 @triton.jit
 def element_constants(slopes, dtype: tl.constexpr):
-    """Those of ``row_slopes`` that elements use, in ``dtype``.
+    """The values of ``row_slopes`` that elements use, in ``dtype``.
 
-    The exponent of float32 elements takes log2 d off, so that p costs one multiply-add and no product; its rounding,
-    4e-7 of every p alike, is far below the budget of a gradient.
+    For float32 elements log2 d is subtracted in the exponent, so that p costs one multiply-add instead of a product.
+    Its rounding changes every p of the row by the same factor, at most 4e-7, far below the tolerance of a gradient.
     """
     maximum, residual, c, constant, _, grad_sced, grad_kl, top_slope, _ = slopes
     d = 1.0 + residual
@@ -99,7 +100,7 @@ def element_constants(slopes, dtype: tl.constexpr):
         scale = 1.0 / d
     else:
         scale = tl.log(d) * row_math.LOG2E
-    share = 1.0 / tl.where(grad_sced == 0, 1.0, residual)
+    inverse_residual = 1.0 / tl.where(grad_sced == 0, 1.0, residual)
     factor = grad_sced * top_slope
     return (
         maximum.to(dtype),
@@ -108,15 +109,15 @@ def element_constants(slopes, dtype: tl.constexpr):
         constant.to(dtype),
         grad_sced.to(dtype),
         grad_kl.to(dtype),
-        share.to(dtype),
+        inverse_residual.to(dtype),
         factor.to(dtype),
     )
 
 
 @triton.jit
-def column_gradient(z, constants, mask, PATH: tl.constexpr):
-    """The gradient of columns other than the arg-max and the label; ``mask`` is (threshold, tie weight), if any."""
-    maximum, scale, c, constant, grad_sced, grad_kl, share, top_slope = constants
+def column_gradient(z, constants, topk_mask, VARIANT: tl.constexpr):
+    """The gradient of columns other than arg-max and label; ``topk_mask`` is (threshold, tie weight), if any."""
+    maximum, scale, c, constant, grad_sced, grad_kl, inverse_residual, top_slope = constants
     y = row_math.clamp_shift(z - maximum)
     if z.dtype == tl.float64:
         e = tl.exp(y)
@@ -124,33 +125,33 @@ def column_gradient(z, constants, mask, PATH: tl.constexpr):
     else:
         p = tl.exp2(y * row_math.LOG2E - scale)
     inner = y * grad_kl + constant
-    if PATH.even:
-        slope = row_math.even_slope(p, y - c, grad_sced, PATH.alpha, PATH.beta)
-        if PATH.masked:
-            slope *= row_math.mask_weight(z, mask[0], mask[1])
+    if VARIANT.one_pass:
+        slope = row_math.even_slope(p, y - c, grad_sced, VARIANT.alpha, VARIANT.beta)
+        if VARIANT.topk:
+            slope *= row_math.topk_weight(z, topk_mask[0], topk_mask[1])
         return p * (inner + slope)
-    elif PATH.with_sced:
+    elif VARIANT.with_sced:
         q = 1 - p
-        slope = grad_sced * (row_math.sced_slope(p, y - c, q, PATH.alpha, PATH.beta) / q)
-        if PATH.masked:
-            slope *= row_math.mask_weight(z, mask[0], mask[1])
+        slope = grad_sced * (row_math.sced_slope(p, y - c, q, VARIANT.alpha, VARIANT.beta) / q)
+        if VARIANT.topk:
+            slope *= row_math.topk_weight(z, topk_mask[0], topk_mask[1])
         inner += slope
-        # Two factors that stay in range where their product with 1/r does not (beta < 1 on a confident row).
-        return p * inner - row_math.exponential(y) * share * top_slope
+        # The factors stay in range, but top_slope / r may overflow for beta < 1 on a confident row.
+        return p * inner - row_math.exponential(y) * inverse_residual * top_slope
     else:
         return p * inner
 
 
 @triton.jit
 def store_tile(out, parts, start, columns, TILE: tl.constexpr):
-    """Write a tile, rounded to the dtype of ``out``."""
+    """Round a tile to the dtype of ``out`` and write it."""
     THREADS: tl.constexpr = TILE.threads
     VECTOR: tl.constexpr = TILE.vector
     LOADS: tl.constexpr = TILE.loads
     thread = tl.arange(0, THREADS)[:, None] * VECTOR
     within = thread + tl.arange(0, VECTOR)[None, :]
     for load in tl.static_range(LOADS):
-        if TILE.pairs:
+        if TILE.bf16x2:
             both = tl.join(parts[2 * load], parts[2 * load + 1])
             values = tl.reshape(both, [THREADS, VECTOR])
         else:
@@ -165,7 +166,7 @@ def store_tile(out, parts, start, columns, TILE: tl.constexpr):
 
 @triton.jit
 def fill_tile(out, value, start, columns, TILE: tl.constexpr):
-    """Write one value into a tile."""
+    """Write one value to all columns of a tile."""
     COLUMNS: tl.constexpr = TILE.columns
     column = start + tl.arange(0, COLUMNS)
     filled = tl.zeros([COLUMNS], out.dtype.element_ty) + value.to(out.dtype.element_ty)
@@ -174,11 +175,11 @@ def fill_tile(out, value, start, columns, TILE: tl.constexpr):
 
 @triton.jit
 def special_columns(parts, start, specials, TILE: tl.constexpr):
-    """The tile with the gradients of the arg-max and the label columns, which take the place of the general form."""
+    """Replace the gradients of the arg-max and label columns in a tile, for which the general form does not hold."""
     argmax, label, top, grad_ce = specials
     changed = ()
     for part in tl.static_range(len(parts)):
-        # p - 1 where the label is not the arg-max: p is at most 1/2 there.
+        # p - 1 is accurate for a label that is not the arg-max, because p is at most 1/2 there.
         value = tl.where(rows.is_at(label, start, part, TILE), parts[part] - grad_ce, parts[part])
         changed = changed + (tl.where(rows.is_at(argmax, start, part, TILE), top, value),)
     return changed
@@ -186,13 +187,13 @@ def special_columns(parts, start, specials, TILE: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    base, out, bounds, slopes, special, mask, PATH: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+    base, out, bounds, slopes, special, topk_mask, VARIANT: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
 ):
-    """The gradient in tiles [first, last) of a row with statistics."""
+    """Write the gradient of tiles [first, last) of a row that has a softmax."""
     columns, first, last = bounds
     argmax, label = special
     _, residual, _, _, grad_ce, _, _, _, top = slopes
-    # The slope of CE is p_a, or p_a - 1 = -r / d, which as a difference would be lost.
+    # The slope of CE is p_a, or p_a - 1 if the arg-max is the label; -r / d avoids the cancellation of p_a - 1.
     top = (top + grad_ce * tl.where(label == argmax, -residual, 1.0) / (1.0 + residual)).to(dtype)
     constants = element_constants(slopes, dtype)
     specials = (argmax, label, top, grad_ce.to(dtype))
@@ -204,7 +205,7 @@ def write_gradient(
             parts = rows.load_masked(base, start, columns, dtype, TILE)
         gradients = ()
         for part in tl.static_range(len(parts)):
-            gradients = gradients + (column_gradient(parts[part], constants, mask, PATH),)
+            gradients = gradients + (column_gradient(parts[part], constants, topk_mask, VARIANT),)
         stop = start + TILE.columns
         if ((argmax >= start) & (argmax < stop)) | ((label >= start) & (label < stop)):
             gradients = special_columns(gradients, start, specials, TILE)
@@ -214,34 +215,34 @@ def write_gradient(
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
     logits, out, targets, stats, grad_terms, columns, inner_rows, logits_outer, logits_inner, out_outer, out_inner,
-    grad_row, grad_term, vocab_size, ignore_index, splits, PATH: tl.constexpr, TILE: tl.constexpr,
+    grad_row, grad_term, vocab_size, ignore_index, splits, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program for each split of each row."""
+    """Compute the gradient with one program per split of each row."""
     dtype: tl.constexpr = stats.dtype.element_ty
     row, split = rows.row_of_program(splits)
-    counts, inside, label = rows.target_of(targets, row, columns, ignore_index, PATH)
+    is_valid, in_range, label = rows.target_of(targets, row, columns, ignore_index, VARIANT)
     base = logits + rows.row_start(row, inner_rows, logits_outer, logits_inner, TILE)
     written = out + rows.row_start(row, inner_rows, out_outer, out_inner, TILE)
     tiles = tl.cdiv(columns, TILE.columns)
-    share = tl.cdiv(tiles, splits)
-    first = tl.minimum(split * share, tiles)
-    last = tl.minimum(first + share, tiles)
-    argmax = statistic(stats, row, ARGMAX, PATH)
-    # Statistics are data: an arg-max that is no column, or a NaN, makes the row NaN.
-    usable = (argmax >= 0) & (argmax < columns) & (statistic(stats, row, RESIDUAL, PATH) >= 0)
-    if counts & inside & usable:
-        grads = incoming(grad_terms, row, grad_row, grad_term, PATH)
-        slopes = row_slopes(stats, grads, row, vocab_size.to(tl.float64), PATH)
+    tiles_per_split = tl.cdiv(tiles, splits)
+    first = tl.minimum(split * tiles_per_split, tiles)
+    last = tl.minimum(first + tiles_per_split, tiles)
+    argmax = statistic(stats, row, ARGMAX, VARIANT)
+    # The statistics come from the caller and are not trusted: an arg-max out of range or a NaN makes the row NaN.
+    usable = (argmax >= 0) & (argmax < columns) & (statistic(stats, row, RESIDUAL, VARIANT) >= 0)
+    if is_valid & in_range & usable:
+        grads = incoming(grad_terms, row, grad_row, grad_term, VARIANT)
+        slopes = row_slopes(stats, grads, row, vocab_size.to(tl.float64), VARIANT)
         special = (argmax.to(tl.int32), label)
-        mask = (argmax, argmax)
-        if PATH.masked:
-            mask = (
-                statistic(stats, row, THRESHOLD, PATH).to(dtype),
-                statistic(stats, row, TIE_WEIGHT, PATH).to(dtype),
+        topk_mask = (argmax, argmax)
+        if VARIANT.topk:
+            topk_mask = (
+                statistic(stats, row, THRESHOLD, VARIANT).to(dtype),
+                statistic(stats, row, TIE_WEIGHT, VARIANT).to(dtype),
             )
-        write_gradient(base, written, (columns, first, last), slopes, special, mask, PATH, TILE, dtype)
+        write_gradient(base, written, (columns, first, last), slopes, special, topk_mask, VARIANT, TILE, dtype)
     else:
-        # A row that does not count, or whose label is no column, has no gradient.
-        value = tl.where(counts & inside, float("nan"), 0.0)
+        # The gradient of a row that is not valid, or whose label is out of range, is 0.
+        value = tl.where(is_valid & in_range, float("nan"), 0.0)
         for tile in range(first, last):
             fill_tile(written, value, tile * TILE.columns, columns, TILE)

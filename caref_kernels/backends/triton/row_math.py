@@ -1,7 +1,8 @@
-"""Row formulas, twins by name of caref_kernels/objective.py and csrc/row_math.h: see there for the derivation.
+"""The row formulas, counterparts by name of those in caref_kernels/objective.py, which has the derivation.
 
-Elements are float32 (float64 for float64 logits); what is computed once per row is float64.  Exponents are compile-time
-constants.  Nothing here relies on a maximum to pass NaN on: compiled, it drops NaN.
+csrc/row_math.h has the same formulas in C++.  Elements are float32 (float64 for float64 logits); what is computed once
+per row is float64.  Exponents are compile-time constants.  No formula relies on a maximum to propagate NaN, because the
+compiled maximum drops it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Twin of objective.SHIFT_FLOOR.
+# Counterpart of objective.SHIFT_FLOOR.
 SHIFT_FLOOR = tl.constexpr(-1.0e4)
 BINOMIAL = tl.constexpr(((1,), (1, 1), (1, 2, 1), (1, 3, 3, 1), (1, 4, 6, 4, 1)))
 
@@ -23,7 +24,7 @@ def clamp_shift(y):
 
 @triton.jit
 def exponential(y):
-    """e^y: of float32 by the two instructions that the hardware has for it."""
+    """e^y; in float32 these are two instructions, a product and ex2."""
     if y.dtype == tl.float64:
         return tl.exp(y)
     else:
@@ -49,7 +50,8 @@ def whole_power(x, N: tl.constexpr):
 def power(x, EXPONENT: tl.constexpr):
     """x^EXPONENT for x >= 0.
 
-    The whole part is a product, exact to a few roundings; the logarithm's error is not magnified by the fraction.
+    The whole part of the exponent is a product, accurate to a few roundings.  Only the fraction takes a logarithm, and
+    a factor below 1 does not magnify the logarithm's error.
     """
     WHOLE: tl.constexpr = EXPONENT // 1
     FRACTION: tl.constexpr = EXPONENT - WHOLE
@@ -64,7 +66,7 @@ def power(x, EXPONENT: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of float64, x >= 0, to a few roundings."""
+    """log(1 + x) of a float64 x >= 0, accurate to a few roundings."""
     d = 1.0 + x
     added = d - 1.0
     exact = added == 0.0
@@ -79,7 +81,7 @@ def log_ratio_offset(residual, vocab_size):
 
 @triton.jit
 def is_one_hot(residual):
-    """Twin of objective.one_hot_rows; the dtype is that of the stored statistics."""
+    """Counterpart of objective.one_hot_rows; ``residual`` has the dtype of the stored statistics."""
     if residual.dtype == tl.float64:
         return residual < 1e-290
     else:
@@ -110,9 +112,10 @@ def sced_slope(p, log_ratio, q, ALPHA: tl.constexpr, BETA: tl.constexpr):
 
 @triton.jit
 def even_slope(p, log_ratio, scale, A: tl.constexpr, B: tl.constexpr):
-    """scale * f' for even alpha = A and integer beta = B, where (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
+    """scale * f' for even alpha = A and integer beta = B, for which (p|L|)^(A-1) sgn(L) = (pL)^(A-1).
 
-    f' = (pL)^(A-1) q^(B-1) [L (A - (A+B) p) + A q].  ``scale`` enters the bracket: three multiply-adds.
+    f' = (pL)^(A-1) q^(B-1) [L (A - (A+B) p) + A q].  ``scale`` is a factor of the bracket, which then takes three
+    multiply-adds.
     """
     leading = scale * A
     if B == 0:
@@ -125,14 +128,14 @@ def even_slope(p, log_ratio, scale, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def mask_weight(z, threshold, tie_weight):
-    """w of a column: 1 above the threshold, ``tie_weight`` at it, 0 below."""
+def topk_weight(z, threshold, tie_weight):
+    """The weight of a column in the top-k mask: 1 above the threshold, ``tie_weight`` at it, 0 below."""
     return tl.where(z > threshold, 1.0, tl.where(z == threshold, tie_weight, 0.0)).to(z.dtype)
 
 
 @triton.jit
-def row_support(entropy, k_scale, k_min, k_max):
-    """k of a row, int32: its budget from its entropy in float64; twin of sparsity.row_support.  NaN gives k_min."""
+def row_num_kept(entropy, k_scale, k_min, k_max):
+    """The k of a row as int32, from its entropy in float64; counterpart of sparsity.row_num_kept.  NaN gives k_min."""
     wanted = tl.ceil(k_scale * tl.exp(entropy))
     wanted = tl.where(wanted >= k_min, tl.where(wanted <= k_max, wanted, k_max.to(tl.float64)), k_min.to(tl.float64))
     return wanted.to(tl.int32)
@@ -140,7 +143,7 @@ def row_support(entropy, k_scale, k_min, k_max):
 
 @triton.jit
 def monomial(e, u, D: tl.constexpr, J: tl.constexpr):
-    """e^(D-J) u^J as a product of two halves, which monomials of other D and J share."""
+    """e^(D-J) u^J as a product of two halves, so that the compiler shares halves among different D and J."""
     if D == 1:
         if J == 0:
             return e
@@ -153,13 +156,14 @@ def monomial(e, u, D: tl.constexpr, J: tl.constexpr):
 
 
 # The sums of a row are a tuple: sum e^y, sum e^y y and, for even alpha = A and integer beta = B, the moments
-# A_{k,j} = sum e^{ky} y^j for k = A .. A+B and j = 0 .. A, j fastest.  None of them depends on c, and they merge.
+# A_{k,j} = sum e^{ky} y^j for k = A .. A+B and j = 0 .. A, j fastest.  They do not depend on c, and sums relative to
+# different maxima can be combined.
 
 
 @triton.jit
-def zero_sums(zero, PATH: tl.constexpr):
+def zero_sums(zero, VARIANT: tl.constexpr):
     """Empty sums of the shape and dtype of ``zero``."""
-    MOMENTS: tl.constexpr = PATH.moments
+    MOMENTS: tl.constexpr = VARIANT.moments
     sums = (zero, zero)
     for _ in tl.static_range(MOMENTS):
         sums = sums + (zero,)
@@ -167,30 +171,30 @@ def zero_sums(zero, PATH: tl.constexpr):
 
 
 @triton.jit
-def add_columns(sums, y, PATH: tl.constexpr):
-    """The sums with one more column in every thread and lane, whose shift is y."""
+def add_columns(sums, y, VARIANT: tl.constexpr):
+    """Add one column with shift y to the sums of every thread and lane."""
     e = exponential(y)
     u = e * y
     added = (sums[0] + e, sums[1] + u)
-    if PATH.even:
-        for b in tl.static_range(PATH.beta + 1):
-            for j in tl.static_range(PATH.alpha + 1):
-                moment = monomial(e, u, PATH.alpha + b, j)
-                added = added + (sums[2 + b * (PATH.alpha + 1) + j] + moment,)
+    if VARIANT.one_pass:
+        for b in tl.static_range(VARIANT.beta + 1):
+            for j in tl.static_range(VARIANT.alpha + 1):
+                moment = monomial(e, u, VARIANT.alpha + b, j)
+                added = added + (sums[2 + b * (VARIANT.alpha + 1) + j] + moment,)
     return added
 
 
 @triton.jit
-def add_top(sums, one, PATH: tl.constexpr):
-    """The sums with a column of y = 0, ``one`` times (0 or 1)."""
+def add_top(sums, one, VARIANT: tl.constexpr):
+    """Add a column with y = 0 to the sums, ``one`` times (0 or 1)."""
     added = (sums[0] + one, sums[1])
-    if PATH.even:
-        for b in tl.static_range(PATH.beta + 1):
-            for j in tl.static_range(PATH.alpha + 1):
+    if VARIANT.one_pass:
+        for b in tl.static_range(VARIANT.beta + 1):
+            for j in tl.static_range(VARIANT.alpha + 1):
                 if j == 0:
-                    added = added + (sums[2 + b * (PATH.alpha + 1)] + one,)
+                    added = added + (sums[2 + b * (VARIANT.alpha + 1)] + one,)
                 else:
-                    added = added + (sums[2 + b * (PATH.alpha + 1) + j],)
+                    added = added + (sums[2 + b * (VARIANT.alpha + 1) + j],)
     return added
 
 
@@ -204,57 +208,60 @@ def moment_about(sums, FIRST: tl.constexpr, J: tl.constexpr, offset):
 
 
 @triton.jit
-def shift_sums(sums, delta, PATH: tl.constexpr):
-    """The maximum rises: y becomes y + delta, delta <= 0 in float64."""
+def shift_sums(sums, delta, VARIANT: tl.constexpr):
+    """Move the sums to a larger maximum: y becomes y + delta, with delta <= 0 in float64."""
     dtype = sums[0].dtype
     step = delta.to(dtype)
-    # In float64, because a rising row is shifted once per tile.
+    # In float64, because a row whose maxima rise is shifted once per tile, and the rounding errors would accumulate.
     scale = tl.exp(delta)
     power_of_scale = scale
     once = scale.to(dtype)
     shifted = (sums[0] * once, (sums[1] + sums[0] * step) * once)
-    if PATH.even:
-        for _ in tl.static_range(PATH.alpha - 1):
+    if VARIANT.one_pass:
+        for _ in tl.static_range(VARIANT.alpha - 1):
             power_of_scale = power_of_scale * scale
-        for b in tl.static_range(PATH.beta + 1):
+        for b in tl.static_range(VARIANT.beta + 1):
             factor = power_of_scale.to(dtype)
-            for j in tl.static_range(PATH.alpha + 1):
-                shifted = shifted + (moment_about(sums, 2 + b * (PATH.alpha + 1), j, step) * factor,)
+            for j in tl.static_range(VARIANT.alpha + 1):
+                shifted = shifted + (moment_about(sums, 2 + b * (VARIANT.alpha + 1), j, step) * factor,)
             power_of_scale = power_of_scale * scale
     return shifted
 
 
 @triton.jit
 def rise(old, new):
-    """old - new for maxima old <= new, in float64, at least SHIFT_FLOOR; 0 where there was none (-inf)."""
+    """old - new for maxima old <= new, in float64, at least SHIFT_FLOOR; 0 if there was no maximum (-inf)."""
     delta = tl.where(old > float("-inf"), old.to(tl.float64) - new.to(tl.float64), 0.0)
     return tl.where(delta < SHIFT_FLOOR, SHIFT_FLOOR, delta)
 
 
 @triton.jit
-def sced_from_moments(sums, c, d, PATH: tl.constexpr):
+def sced_from_moments(sums, c, d, VARIANT: tl.constexpr):
     """sum f over the columns other than the arg-max: sum_b (-1)^b C(B,b) M_{A+b,A}."""
     total = c * 0
-    for b in tl.static_range(PATH.beta + 1):
-        moment = moment_about(sums, 2 + b * (PATH.alpha + 1), PATH.alpha, -c) / whole_power(d, PATH.alpha + b)
-        total += (1 - 2 * (b % 2)) * BINOMIAL[PATH.beta][b] * moment
+    for b in tl.static_range(VARIANT.beta + 1):
+        moment = moment_about(sums, 2 + b * (VARIANT.alpha + 1), VARIANT.alpha, -c) / whole_power(d, VARIANT.alpha + b)
+        total += (1 - 2 * (b % 2)) * BINOMIAL[VARIANT.beta][b] * moment
     return total
 
 
 @triton.jit
-def slope_sum_from_moments(sums, c, d, PATH: tl.constexpr):
-    """G = sum p f' over the same columns: sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]."""
+def slope_sum_from_moments(sums, c, d, VARIANT: tl.constexpr):
+    """G, the sum of p f' over the same columns: sum_b (-1)^b C(B,b) [(A+b) M_{A+b,A} + A M_{A+b,A-1}]."""
     total = c * 0
-    for b in tl.static_range(PATH.beta + 1):
-        high = (PATH.alpha + b) * moment_about(sums, 2 + b * (PATH.alpha + 1), PATH.alpha, -c)
-        low = PATH.alpha * moment_about(sums, 2 + b * (PATH.alpha + 1), PATH.alpha - 1, -c)
-        total += (1 - 2 * (b % 2)) * BINOMIAL[PATH.beta][b] * ((high + low) / whole_power(d, PATH.alpha + b))
+    for b in tl.static_range(VARIANT.beta + 1):
+        high = (VARIANT.alpha + b) * moment_about(sums, 2 + b * (VARIANT.alpha + 1), VARIANT.alpha, -c)
+        low = VARIANT.alpha * moment_about(sums, 2 + b * (VARIANT.alpha + 1), VARIANT.alpha - 1, -c)
+        total += (1 - 2 * (b % 2)) * BINOMIAL[VARIANT.beta][b] * ((high + low) / whole_power(d, VARIANT.alpha + b))
     return total
 
 
 @triton.jit
 def rounded(values, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """``values`` in ``dtype``, to nearest even: by hand for bfloat16 under Triton's interpreter, which cuts off."""
+    """``values`` rounded to ``dtype``, to nearest even.
+
+    Triton's interpreter truncates to bfloat16, so under it (``EMULATED``) the rounding is done on the bits.
+    """
     if EMULATED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

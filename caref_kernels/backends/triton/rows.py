@@ -1,7 +1,7 @@
-"""How kernels see a row: where it starts, its tiles, its target.
+"""Rows as the kernels read them: the start of a row, its tiles, its target.
 
-Thread t always holds the same columns of a tile, whether the row's start allows wide loads or not, so a row gives the
-same bits wherever it lies.  Offsets of rows are 64-bit, columns within a row 32-bit.
+Thread t always holds the same columns of a tile, whether or not the start of the row allows 16-byte loads, so the
+results of a row are bitwise identical for every alignment.  Offsets of rows are 64-bit, columns within a row 32-bit.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def row_of_program(splits):
-    """(row int64, split int32) of this program, where ``splits`` programs share a row."""
+    """(row int64, split int32) of this program, if ``splits`` programs share a row."""
     program = tl.program_id(0)
     return (program // splits).to(tl.int64), (program % splits).to(tl.int32)
 
 
 @triton.jit
 def row_start(row, inner_rows, outer_stride, inner_stride, TILE: tl.constexpr):
-    """The offset of a row's first element, int64 before any product; of wide rows the compiler learns that they are.
+    """The offset of a row's first element; int64 before any product, so that it cannot overflow.
 
-    A grid has fewer than 2^31 programs, so rows are divided as 32-bit numbers: 64-bit division is a call.
+    The compiler is told about the alignment of aligned rows.  A grid has fewer than 2^31 programs, so row numbers are
+    divided as 32-bit integers, because a 64-bit division is a function call.
     """
-    narrow = row.to(tl.int32)
-    outer = (narrow // inner_rows).to(tl.int64)
-    start = outer * outer_stride.to(tl.int64) + (narrow % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)
+    row32 = row.to(tl.int32)
+    outer = (row32 // inner_rows).to(tl.int64)
+    start = outer * outer_stride.to(tl.int64) + (row32 % inner_rows).to(tl.int64) * inner_stride.to(tl.int64)
     VECTOR: tl.constexpr = TILE.vector
-    if TILE.wide:
+    if TILE.aligned16:
         start = tl.multiple_of(start, VECTOR)
     return start
 
 
 @triton.jit
-def target_of(targets, row, columns, ignore_index, PATH: tl.constexpr):
-    """(counts, inside, label) of a row: whether it counts, whether its label is a column (0 where it is not)."""
-    if PATH.targets == "labels":
+def target_of(targets, row, columns, ignore_index, VARIANT: tl.constexpr):
+    """(is_valid, in_range, label): whether the row is valid, and whether its label is a column; if not, label is 0."""
+    if VARIANT.targets == "labels":
         label = tl.load(targets + row).to(tl.int64)
-        counts = label != ignore_index
-        inside = (label >= 0) & (label < columns)
-        return counts, inside, tl.where(inside, label, 0).to(tl.int32)
-    elif PATH.targets == "mask":
+        is_valid = label != ignore_index
+        in_range = (label >= 0) & (label < columns)
+        return is_valid, in_range, tl.where(in_range, label, 0).to(tl.int32)
+    elif VARIANT.targets == "valid_mask":
         return tl.load(targets + row) != 0, True, 0
     else:
         return True, True, 0
@@ -53,7 +54,7 @@ def columns_of(start, PART: tl.constexpr, TILE: tl.constexpr):
     """The columns of one of the arrays that hold the tile at ``start``: (threads, width) int32."""
     thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
     column = tl.arange(0, TILE.width)[None, :]
-    if TILE.pairs:
+    if TILE.bf16x2:
         return start + (PART // 2) * TILE.block + thread + 2 * column + PART % 2
     else:
         return start + PART * TILE.block + thread + column
@@ -61,10 +62,10 @@ def columns_of(start, PART: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def is_at(column, start, PART: tl.constexpr, TILE: tl.constexpr):
-    """Where ``column`` is in one of the arrays of the tile at ``start``: one difference per thread, not per column."""
+    """Mask of ``column`` in one of the arrays of the tile at ``start``; one subtraction per thread, not per column."""
     thread = tl.arange(0, TILE.threads)[:, None] * TILE.vector
     within = tl.arange(0, TILE.width)[None, :]
-    if TILE.pairs:
+    if TILE.bf16x2:
         return (column - start - (PART // 2) * TILE.block - PART % 2 - thread) == 2 * within
     else:
         return (column - start - PART * TILE.block - thread) == within
@@ -72,10 +73,10 @@ def is_at(column, start, PART: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
-    """A tile that lies inside the row, as a tuple of ``parts`` arrays of ``dtype``."""
+    """Load a tile that does not reach the end of the row, as a tuple of ``parts`` arrays of ``dtype``."""
     LOADS: tl.constexpr = TILE.loads
     parts = ()
-    if TILE.pairs:
+    if TILE.bf16x2:
         words = base.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
         thread = tl.arange(0, TILE.threads)[:, None] * TILE.width
         offsets = thread + tl.arange(0, TILE.width)[None, :]
@@ -92,7 +93,7 @@ def load_whole(base, start, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_masked(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
-    """The last tile of a row: -inf past its end, which no sum notices."""
+    """Load the last tile of a row; columns past the end are -inf, which adds 0 to every sum."""
     PARTS: tl.constexpr = TILE.parts
     parts = ()
     for part in tl.static_range(PARTS):
@@ -103,7 +104,7 @@ def load_masked(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def tile_maximum(parts):
-    """The largest element of a tile; NaN may or may not pass."""
+    """The largest element of a tile; NaN may or may not propagate."""
     top = parts[0]
     for part in tl.static_range(1, len(parts)):
         top = tl.maximum(top, parts[part])
@@ -120,8 +121,8 @@ def find_first(parts, value, start, TILE: tl.constexpr):
 
 
 @triton.jit
-def without(parts, column, start, TILE: tl.constexpr):
-    """The tile at ``start`` with -inf at ``column``: how the arg-max stays out of every sum."""
+def without_column(parts, column, start, TILE: tl.constexpr):
+    """The tile at ``start`` with -inf at ``column``, which excludes the arg-max from every sum."""
     changed = ()
     for part in tl.static_range(len(parts)):
         changed = changed + (tl.where(is_at(column, start, part, TILE), float("-inf"), parts[part]),)
@@ -129,11 +130,11 @@ def without(parts, column, start, TILE: tl.constexpr):
 
 
 @triton.jit
-def slices(array, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """The columns of an array in tuples of ``lanes``, in no particular order; no data moves."""
+def lane_groups(array, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The columns of an array as a tuple of (threads, lanes) arrays, in no particular order, without moving data."""
     if WIDTH <= TILE.lanes:
         return (array,)
     else:
         THREADS: tl.constexpr = TILE.threads
         low, high = tl.split(tl.reshape(array, [THREADS, WIDTH // 2, 2]))
-        return slices(low, WIDTH // 2, TILE) + slices(high, WIDTH // 2, TILE)
+        return lane_groups(low, WIDTH // 2, TILE) + lane_groups(high, WIDTH // 2, TILE)

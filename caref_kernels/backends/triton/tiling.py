@@ -1,55 +1,57 @@
-"""Sizes: which columns a thread takes, how many threads share a row, how many programs share a row, and the budgets.
+"""Sizes of tiles and launches, and the limits of the compiled code.
 
-Nothing is autotuned: a kernel that writes in place must not be tried twice, and one choice per shape keeps the bits the
-same from run to run.  Each number below has its reason beside it.
+The sizes say which columns a thread takes, how many threads share a row, and how many programs share a row.  They are
+not autotuned: a kernel that writes in place must not be run twice on the same tensors, and one choice per shape keeps
+results bitwise identical from run to run.  Each number has its reason beside it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# One load instruction of a thread: the widest there is.
+# The widest load instruction of a thread.
 VECTOR_BYTES = 16
-# Load instructions of a thread per tile.  In the forward they share one look for a new maximum (ten shuffles), and
-# 64 bytes in flight per thread hide the latency of memory from four warps per scheduler on.  In the backward they share
-# the checks for the end of the row and for the two columns with a form of their own.
+# Load instructions of a thread per tile.  In the forward they share one search for a new maximum (ten shuffles), and
+# 64 bytes in flight per thread hide the latency of memory if a scheduler has at least four warps.  In the backward they
+# share the checks for the end of the row and for the arg-max and label columns.
 FORWARD_LOADS = 4
 BACKWARD_LOADS = 4
-# Rows that are loaded column by column hold an address per column, so they take half of it.
-NARROW_BACKWARD_LOADS = 2
-# Columns that a thread sums side by side: two independent chains hide the four cycles of an addition, and every further
-# one costs a register per sum (8 sums for alpha = 2, beta = 1).
+# Unaligned rows are loaded column by column and need an address per column, so they take half as many columns.
+UNALIGNED_BACKWARD_LOADS = 2
+# Columns that a thread sums side by side.  Two independent chains hide the four cycles of an addition, and every
+# further chain would cost one register per sum (8 sums for alpha = 2, beta = 1).
 LANES = 2
-# Tiles after which a thread folds its lanes into float64: at most 256 float32 additions in a row, as in csrc/cpu.  A
-# row of 262,144 in one warp and float32 alone is off by 2e-4; the fold costs 0.1 instructions per column.
-FOLD = 16
-# Warps per multiprocessor that keep its four schedulers busy while one in four waits for memory.
+# Tiles after which a thread flushes its lanes to float64, so that at most 256 float32 additions follow one another, as
+# in csrc/cpu.  A row of 262,144 columns in one warp would otherwise be wrong by 2e-4.  A flush costs 0.1 instructions
+# per column.
+FLUSH_TILES = 16
+# Warps per multiprocessor that keep its four schedulers busy while one warp in four waits for memory.
 BUSY_WARPS = 16
-# A row is shared by at most this many warps of one program.  With a single warp the maximum of a tile needs no barrier,
-# so rows are given several only when there are too few rows.
-MOST_WARPS = 8
+# The most warps of one program that share a row.  With a single warp the maximum of a tile needs no barrier, so a row
+# gets several warps only if there are too few rows.
+MAX_WARPS = 8
 SPLIT_WARPS = 4
-# The backward has no reduction, so its warps never wait for one another; 4 is the smallest program that fills a
-# multiprocessor within its limit of 32 programs.
+# The backward has no reduction, so its warps never wait for one another.  4 warps are the smallest program that can
+# fill a multiprocessor within the hardware's limit of 32 programs.
 BACKWARD_WARPS = 4
-# Tiles per program below which its set-up (two logarithms, three divisions in float64) would cost more than a tenth.
-LEAST_TILES = 4
-# Partial results of one row that the finishing kernel merges.
-MOST_SPLITS = 64
-# The selection of a mask: its searches end in a sum over all threads at every step, which few warps do quickly.
+# With fewer tiles per program, its set-up (two logarithms, three divisions in float64) would cost more than a tenth.
+MIN_TILES = 4
+# The most partial results of one row that combine_kernel combines.
+MAX_SPLITS = 64
+# Every step of the selection's searches ends in a sum over all threads, which is fast for few warps only.
 SELECTION_WARPS = 4
-# Powers with a logarithm need registers of their own: one load then, or the sums of a row spill.
+# Exponents with two passes need registers for their powers; with more than one load the sums of a row would spill.
 SELECTION_LOADS = 2
-# Programs per multiprocessor: 16 warps, of 128 registers a thread, which the launch asks for.  Left alone, the compiler
-# of triton 3.6 takes 230, and two programs run at a time.  float64 is left alone.
+# Programs per multiprocessor: 16 warps with at most 128 registers per thread, which the launch requests.  Without the
+# request the compiler of triton 3.6 takes 230 registers, and two programs are resident.  float64 has no limit.
 SELECTION_PROGRAMS, SELECTION_REGISTERS = 4, 128
-# A row's sample: 32-byte sectors of bfloat16, 2,048 columns in all.
+# The sample of a row consists of 32-byte sectors of bfloat16, 2,048 columns in total.
 SAMPLE_CHUNKS, SAMPLE_CHUNK = 128, 16
-# Every thread lists the columns that it finds, up to 64: of 4,096 expected columns each of 128 threads has 32 on
+# Every thread lists up to 64 of the columns that it finds.  Of 4,096 expected columns, each of 128 threads has 32 on
 # average, and more than 64 in one row of ten thousand.
 LIST_DEPTH = 64
-MOST_LISTED = 4096
-# Places of each list that are summed at a time: two chains, as LANES.
+MAX_LISTED = 4096
+# Entries of each list that are summed at a time: two chains, for the same reason as LANES.
 SUMMED_PLACES = 2
 
 
@@ -64,71 +66,71 @@ class Tile(NamedTuple):
     vector: int  # columns per load instruction of a thread
     loads: int
     lanes: int
-    wide: bool  # every row starts at a multiple of VECTOR_BYTES; otherwise columns are loaded one by one
-    pairs: bool  # wide rows of bfloat16, read as 32-bit words: one instruction per column to widen it instead of two
+    aligned16: bool  # every row starts at a multiple of VECTOR_BYTES; otherwise columns are loaded one by one
+    bf16x2: bool  # aligned bfloat16 rows, read as 32-bit words: widening takes one instruction per column, not two
     block: int  # columns per load instruction of all threads
     columns: int  # columns of the tile
-    parts: int  # arrays that hold it: one per load, or the even and the odd columns of each
-    width: int  # columns per thread of one of them
-    fold: int  # tiles between two folds of the lanes' sums into float64
+    parts: int  # number of arrays that hold the tile: one per load, or two (even and odd columns) for bf16x2
+    width: int  # columns per thread in each of these arrays
+    flush_every: int  # tiles after which the lanes' sums are flushed to float64
     interpreted: bool
 
 
 class Storage(NamedTuple):
-    """How the logits (and their gradient) lie in memory."""
+    """The memory layout of the logits (and of their gradient)."""
 
     itemsize: int
-    wide: bool  # as in Tile
+    aligned16: bool  # as in Tile
     bfloat16: bool
 
     @property
     def words(self) -> int:
-        """Registers of a number in the arithmetic."""
+        """Registers per element in the arithmetic dtype."""
         return max(self.itemsize // 4, 1)
 
 
 class Device(NamedTuple):
-    """What the choice depends on besides the shape."""
+    """The properties of a device that the sizes depend on."""
 
     multiprocessors: int
     warp_size: int
     interpreted: bool = False
 
 
-class Plan(NamedTuple):
+class LaunchConfig(NamedTuple):
     """A tile and the number of programs that share one row."""
 
     tile: Tile
     splits: int
 
 
-def forward_plan(rows: int, columns: int, storage: Storage, device: Device) -> Plan:
-    """One warp per row where there are rows enough, then more warps per row, then more programs per row."""
+def forward_config(rows: int, columns: int, storage: Storage, device: Device) -> LaunchConfig:
+    """One warp per row if there are enough rows; otherwise more warps per row, then more programs per row."""
     wanted = BUSY_WARPS * device.multiprocessors
     warps = 1
     while (
-        warps < MOST_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns
+        warps < MAX_WARPS and rows * warps < wanted and _tile(warps, FORWARD_LOADS, storage, device).columns < columns
     ):
         warps *= 2
     if 2 * rows * warps > wanted:
-        return Plan(_tile(warps, FORWARD_LOADS, storage, device), 1)
-    # Split rows are merged by a second launch anyway; smaller tiles then give every multiprocessor a share.
+        return LaunchConfig(_tile(warps, FORWARD_LOADS, storage, device), 1)
+    # Split rows need a second launch in any case; smaller tiles then give every multiprocessor some of the work.
     tile = _tile(min(warps, SPLIT_WARPS), FORWARD_LOADS, storage, device)
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * rows * tile.warps <= wanted and 2 * splits * tile.columns < columns:
+    while splits < MAX_SPLITS and 2 * splits * rows * tile.warps <= wanted and 2 * splits * tile.columns < columns:
         splits *= 2
-    return Plan(tile, splits)
+    return LaunchConfig(tile, splits)
 
 
-def backward_plan(rows: int, columns: int, storage: Storage, device: Device) -> Plan:
-    """As many programs per row as keep the device busy four times over, each with enough tiles to repay its set-up."""
-    loads = BACKWARD_LOADS if storage.wide else NARROW_BACKWARD_LOADS
+def backward_config(rows: int, columns: int, storage: Storage, device: Device) -> LaunchConfig:
+    """As many programs per row as fill the device four times, each with enough tiles to amortise its set-up."""
+    loads = BACKWARD_LOADS if storage.aligned16 else UNALIGNED_BACKWARD_LOADS
     tile = _tile(BACKWARD_WARPS, loads, storage, device)
     tiles = -(-columns // tile.columns)
     wanted = 4 * BUSY_WARPS * device.multiprocessors // BACKWARD_WARPS
     busy = -(-wanted // max(rows, 1))
-    splits = min(busy, -(-tiles // LEAST_TILES)) if rows * -(-tiles // LEAST_TILES) >= wanted // 4 else min(busy, tiles)
-    return Plan(tile, max(splits, 1))
+    splits = min(busy, -(-tiles // MIN_TILES)) if rows * -(-tiles // MIN_TILES) >= wanted // 4 else min(busy, tiles)
+    return LaunchConfig(tile, max(splits, 1))
 
 
 class Selection(NamedTuple):
@@ -136,173 +138,175 @@ class Selection(NamedTuple):
 
     slots: int  # lists of columns: one for each thread and lane
     depth: int  # columns that a list holds
-    room: int  # places of a list: one more column for each that a thread takes at a time
-    width: int  # places of every list that are summed at a time
-    listed: int  # columns that are expected in all lists at most
+    room: int  # memory of a list: its depth, and one tile's columns of a thread more
+    width: int  # entries of every list that are summed at a time
+    listed: int  # the most columns that are expected in all lists together
     chunks: int  # groups of neighbouring columns in the sample
-    chunk: int  # columns in each of them
+    chunk: int  # columns in each of these groups
     shift: int  # low bits of the key that are 0 in every value of the logits' dtype
     infinity: int  # the key of infinity
 
 
-class SelectionPlan(NamedTuple):
-    """A tile, the sizes of the search, the number of programs, which take rows in turn, and the registers they get."""
+class SelectionConfig(NamedTuple):
+    """A tile, the sizes of the search, the number of programs, which take rows in turn, and their registers."""
 
     tile: Tile
     selection: Selection
     programs: int
-    registers: int | None  # of a thread at most; None leaves it to the compiler
+    registers: int | None  # the most registers of a thread; None leaves the choice to the compiler
 
 
-def selection_plan(rows: int, even: bool, storage: Storage, device: Device) -> SelectionPlan:
-    """A program for each row, up to as many as run at a time: each has lists of its own in memory."""
-    tile = _tile(SELECTION_WARPS, SELECTION_LOADS if even else 1, storage, device)
+def selection_config(rows: int, one_pass: bool, storage: Storage, device: Device) -> SelectionConfig:
+    """One program per row, but no more than can be resident, because each has lists of its own in memory."""
+    tile = _tile(SELECTION_WARPS, SELECTION_LOADS if one_pass else 1, storage, device)
     tile = tile._replace(lanes=tile.width if device.interpreted else 1)
     shift = 0 if storage.itemsize > 2 else 16 if storage.bfloat16 else 13
     infinity = 0x7FF << 52 if storage.itemsize == 8 else (0xFF << 23) >> shift
-    # Lists are searched in registers, of which a float64 takes two.
-    depth, listed = LIST_DEPTH // storage.words, MOST_LISTED // storage.words
+    # Lists are searched in registers, and a float64 takes two.
+    depth, listed = LIST_DEPTH // storage.words, MAX_LISTED // storage.words
     room = depth + tile.vector * tile.loads // tile.lanes
     sizes = Selection(
         tile.threads * tile.lanes, depth, room, SUMMED_PLACES, listed, SAMPLE_CHUNKS, SAMPLE_CHUNK, shift, infinity
     )
     registers = None if storage.itemsize == 8 else SELECTION_REGISTERS
-    return SelectionPlan(tile, sizes, min(rows, SELECTION_PROGRAMS * device.multiprocessors), registers)
+    return SelectionConfig(tile, sizes, min(rows, SELECTION_PROGRAMS * device.multiprocessors), registers)
 
 
 def _tile(warps: int, loads: int, storage: Storage, device: Device) -> Tile:
     threads, vector = warps * device.warp_size, VECTOR_BYTES // storage.itemsize
     lanes = LANES
-    if device.interpreted:  # it pays per operation, not per element: fewer, wider ones
+    if device.interpreted:  # the interpreter's time is per operation, not per element: use fewer, wider operations
         lanes, loads = max(vector // 2, LANES), 2
-    pairs = storage.bfloat16 and storage.wide
-    width, parts = (vector // 2, 2 * loads) if pairs else (vector, loads)
+    bf16x2 = storage.bfloat16 and storage.aligned16
+    width, parts = (vector // 2, 2 * loads) if bf16x2 else (vector, loads)
     block = threads * vector
     return Tile(
-        warps, threads, vector, loads, lanes, storage.wide, pairs, block, block * loads, parts, width, FOLD,
-        device.interpreted,
+        warps, threads, vector, loads, lanes, storage.aligned16, bf16x2, block, block * loads, parts, width,
+        FLUSH_TILES, device.interpreted,
     )  # fmt: skip
 
 
-class Path(NamedTuple):
-    """What a call asks for besides the shape; a compile-time constant of every kernel."""
+class Variant(NamedTuple):
+    """The properties of a call besides its shape; a compile-time constant of every kernel."""
 
     alpha: float
     beta: float
     with_sced: bool
-    even: bool  # one pass: exponents for which SCED is a polynomial in few sums; they are ints then
-    moments: int  # those sums, besides the two that every path has
-    second_pass: bool  # SCED needs c before it can be summed
-    targets: str  # "labels", "mask" or "none"
-    masked: bool = False  # SCED is over the top k alone: the forward leaves it to the selection
+    one_pass: bool  # SCED is a polynomial in a few sums of the row; alpha and beta are then ints
+    moments: int  # the number of these sums, besides the two that every variant has
+    second_pass: bool  # c must be known before SCED can be summed
+    targets: str  # "labels", "valid_mask" or "none"
+    topk: bool = False  # SCED has a top-k mask: the forward leaves SCED to the selection
     statistics: int = 5  # columns of the row statistics
 
     @property
-    def before_selection(self) -> Path:
-        """What the forward computes of a row with a mask: everything but SCED."""
-        return path(1, 0, False, self.targets)._replace(statistics=self.statistics)
+    def before_selection(self) -> Variant:
+        """The variant of the forward of a row with a top-k mask: everything but SCED."""
+        return variant(1, 0, False, self.targets)._replace(statistics=self.statistics)
 
 
-# As in csrc/cpu/rows.h: elsewhere the expansion of (1-p)^B and (y-c)^A cancels more digits than float32 carries.
-EVEN_EXPONENTS = ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))
+# The same exponents as visit_exponents() in csrc/row_kinds.h; a test compares the two.  For other exponents the
+# expansion of (1-p)^B and (y-c)^A would cancel more digits than float32 has.
+ONE_PASS_EXPONENTS = ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))
 
 
-def path(alpha: float, beta: float, with_sced: bool, targets: str, masked: bool = False) -> Path:
-    """The path of these exponents."""
-    if masked:
-        return path(alpha, beta, with_sced, targets)._replace(masked=True, statistics=8)
+def variant(alpha: float, beta: float, with_sced: bool, targets: str, topk: bool = False) -> Variant:
+    """The variant for these exponents, with SCED or without, for this kind of targets, with a top-k mask or without."""
+    if topk:
+        return variant(alpha, beta, with_sced, targets)._replace(topk=True, statistics=8)
     if not with_sced:
-        return Path(1, 0, False, False, 0, False, targets)
-    if (alpha, beta) in EVEN_EXPONENTS:
+        return Variant(1, 0, False, False, 0, False, targets)
+    if (alpha, beta) in ONE_PASS_EXPONENTS:
         moments = (int(alpha) + 1) * (int(beta) + 1)
-        return Path(int(alpha), int(beta), True, True, moments, False, targets)
-    return Path(float(alpha), float(beta), True, False, 0, True, targets)
+        return Variant(int(alpha), int(beta), True, True, moments, False, targets)
+    return Variant(float(alpha), float(beta), True, False, 0, True, targets)
 
 
-# --- Budgets: what the compiled kernels may use.  A test compiles them, without a GPU, and counts. ---
+# --- Limits of the compiled code.  A test compiles the kernels, without a GPU, and counts their instructions. ---
 
-# At N = 4096, V = 128,256 an H200 issues one instruction for every column in 16.4 us and reads all of them, bfloat16,
-# in 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The numbers are
-# those of the worst of sm_80, sm_90 and sm_100 (triton 3.6 and 3.9), and up to one more.
-_BUDGET = {
+# At N = 4096, V = 128,256 an H200 issues one instruction for every column in 16.4 us and reads all of them (bfloat16)
+# in 14.9 times that: each instruction above 14.9 in the forward, or 29.9 in the backward, costs time.  The limits are
+# the largest counts of sm_80, sm_90 and sm_100 (triton 3.6 and 3.9), rounded up by at most one.
+_INSTRUCTIONS = {
     "row": {(2, 0): 14.5, (2, 1): 20.0, (2, 2): 23.5, (4, 0): 19.5, (4, 1): 30.0, (4, 2): 40.0, "none": 10.5},
     "gradient": {(2, 0): 15.5, (2, 1): 17.5, (2, 2): 19.5, (4, 0): 17.5, (4, 1): 19.5, (4, 2): 21.5, "none": 11.5},
 }
-# A row that several warps share costs two barriers per tile.
+# If several warps share a row, every tile needs two barriers.
 _PARTIAL_MORE = 2.0
-# Exponents without an expansion: real ones take two logarithms per column and pass, the others powers alone.
-_WHOLE_BUDGET = {"row": 42.0, "partial": 12.0, "second": 34.0, "gradient": 38.0}
-_REAL_BUDGET = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 118.0}
-# Columns that are loaded one by one: an instruction each, and one to put them into the order of wide loads; in the
-# backward an address each as well.
-_NARROW = {"row": 6.5, "partial": 5.0, "second": 5.0, "gradient": 11.0}
-# The list takes a store and its address for every column.
-_SELECTION = {"list": 10.0, "count": 6.0}
-_SELECTION_NARROW = 8.0
-# Half the columns for every turn of a loop.
-_ONE_LOAD = 3.5
-# float16 is converted there and back.
-_FLOAT16_LIST = 4.5
-# The gradient of a masked row: two comparisons, two selects and a product, of whose columns some are moved.
-_MASKED_MORE = 6.5
-# float64: per loop about 40 instructions for the exponential, elsewhere moves of register pairs.
+# Exponents with two passes: fractional ones take two logarithms per column and pass, whole ones only products.
+_WHOLE_INSTRUCTIONS = {"row": 42.0, "partial": 12.0, "second": 34.0, "gradient": 38.0}
+_FRACTIONAL_INSTRUCTIONS = {"row": 110.0, "partial": 12.0, "second": 100.0, "gradient": 118.0}
+# Unaligned rows: each column takes its own load, and an instruction to give it the order of aligned loads; in the
+# backward it also takes its own address.
+_UNALIGNED_MORE = {"row": 6.5, "partial": 5.0, "second": 5.0, "gradient": 11.0}
+# Listing takes a store and its address for every column.
+_SELECTION_INSTRUCTIONS = {"list": 10.0, "count": 6.0}
+_SELECTION_UNALIGNED_MORE = 8.0
+# With one load per tile, the overhead of an iteration is divided by half as many columns.
+_ONE_LOAD_MORE = 3.5
+# float16 is converted to float32 and back.
+_FLOAT16_LIST_MORE = 4.5
+# The gradient with a top-k mask: two comparisons, two selects and a product, and moves of some columns.
+_TOPK_MORE = 6.5
+# float64: about 40 instructions per loop for the exponential, and moves of register pairs elsewhere.
 _FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
-# At 168 a multiprocessor holds 12 warps, the fewest that hide the latency of memory; float64 is not held to that.
+# With 168 registers a multiprocessor holds 12 warps, the fewest that hide the latency of memory.  float64 is exempt.
 _REGISTERS = 168
 _FLOAT64_REGISTERS = 216
-# 11 warps: real powers are arithmetic more than memory.
-_REAL_REGISTERS = 184
-# The assembler keeps a few constants of a program on the stack, stored before its loops and loaded after them, where it
-# prefers one more program per multiprocessor to their registers.  Not in a loop, and not on the default path.
+# 11 warps: kernels with fractional powers are bound by arithmetic more than by memory.
+_FRACTIONAL_REGISTERS = 184
+# The assembler stores a few constants on the stack before the loops and reloads them afterwards, if their registers
+# allow one more program per multiprocessor.  This is accepted outside of loops, and not for the default variant.
 _STACK_BYTES = 24
-# The selection has several phases, and keeps there what one of them does not use.
+# The selection has several phases, and stores on the stack what one of them does not use.
 _SELECTION_STACK_BYTES = 128
 
 
-def instruction_budget(kernel: str, dtype: str, path: Path, wide: bool) -> float:
-    """Machine instructions per column, over all main loops of ``kernel``."""
-    loops = 2 if kernel == "row" and path.second_pass else 1
-    if path.second_pass:
-        budget = (_REAL_BUDGET if _has_real_powers(path) else _WHOLE_BUDGET)[kernel]
+def instruction_limit(kernel: str, dtype: str, variant: Variant, aligned16: bool) -> float:
+    """The most machine instructions per column, over all main loops of ``kernel``."""
+    loops = 2 if kernel == "row" and variant.second_pass else 1
+    if variant.second_pass:
+        limit = (_FRACTIONAL_INSTRUCTIONS if _has_fractional_powers(variant) else _WHOLE_INSTRUCTIONS)[kernel]
     else:
-        exponents = (path.alpha, path.beta) if path.even else "none"
-        budget = _BUDGET["row"][exponents] + _PARTIAL_MORE if kernel == "partial" else _BUDGET[kernel][exponents]
-    if not wide:
-        budget += _NARROW[kernel]
-    if path.masked:
-        budget += _MASKED_MORE
-    return budget * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else budget
+        exponents = (variant.alpha, variant.beta) if variant.one_pass else "none"
+        limit = _INSTRUCTIONS["row" if kernel == "partial" else kernel][exponents]
+        limit += _PARTIAL_MORE if kernel == "partial" else 0.0
+    if not aligned16:
+        limit += _UNALIGNED_MORE[kernel]
+    if variant.topk:
+        limit += _TOPK_MORE
+    return limit * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else limit
 
 
-def selection_budget(sweep: str, dtype: str, even: bool, wide: bool) -> float:
-    """Machine instructions per column of one look at a row of the selection, which "list"s columns or "count"s them."""
-    budget = _SELECTION[sweep] + (0.0 if wide else _SELECTION_NARROW)
-    if not even:
-        budget += _ONE_LOAD
+def selection_limit(sweep: str, dtype: str, one_pass: bool, aligned16: bool) -> float:
+    """The most machine instructions per column of one pass of the selection, which "list"s or "count"s columns."""
+    limit = _SELECTION_INSTRUCTIONS[sweep] + (0.0 if aligned16 else _SELECTION_UNALIGNED_MORE)
+    if not one_pass:
+        limit += _ONE_LOAD_MORE
     if sweep == "list" and dtype == "float16":
-        budget += _FLOAT16_LIST
-    return budget * _FLOAT64_FACTOR if dtype == "float64" else budget
+        limit += _FLOAT16_LIST_MORE
+    return limit * _FLOAT64_FACTOR if dtype == "float64" else limit
 
 
-def spill_budget(path: Path) -> int:
-    """Instructions in loops that read or write the stack: one, where real powers make a turn thousands of them long."""
-    return int(_has_real_powers(path))
+def spill_limit(variant: Variant) -> int:
+    """The most instructions in loops that access the stack: one for fractional powers, whose loops have thousands."""
+    return int(_has_fractional_powers(variant))
 
 
-def stack_budget(kernel: str, path: Path, wide: bool, dtype: str) -> int:
-    """Bytes of stack per thread, none of them used in a loop."""
-    if kernel == "mask":
+def stack_limit(kernel: str, variant: Variant, aligned16: bool, dtype: str) -> int:
+    """The most bytes of stack per thread, none of them accessed in a loop."""
+    if kernel == "topk":
         return _SELECTION_STACK_BYTES
-    default = kernel in ("row", "gradient") and (path.alpha, path.beta) == (2, 1) and path.with_sced and wide
-    return 0 if default and dtype != "float64" else _STACK_BYTES
+    default = (variant.alpha, variant.beta) == (2, 1) and variant.with_sced and aligned16
+    return 0 if default and kernel in ("row", "gradient") and dtype != "float64" else _STACK_BYTES
 
 
-def register_budget(dtype: str, path: Path) -> int:
-    """Registers per thread."""
+def register_limit(dtype: str, variant: Variant) -> int:
+    """The most registers per thread."""
     if dtype == "float64":
         return _FLOAT64_REGISTERS
-    return _REAL_REGISTERS if _has_real_powers(path) else _REGISTERS
+    return _FRACTIONAL_REGISTERS if _has_fractional_powers(variant) else _REGISTERS
 
 
-def _has_real_powers(path: Path) -> bool:
-    return path.second_pass and (path.alpha != int(path.alpha) or path.beta != int(path.beta))
+def _has_fractional_powers(variant: Variant) -> bool:
+    return variant.second_pass and (variant.alpha != int(variant.alpha) or variant.beta != int(variant.beta))
