@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: no waiting, graphs, streams, memory; and how the suite gets its tensors there."""
+"""Tests that need a CUDA device: asynchronous calls, graphs, streams, memory; and how test tensors are moved to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from caref_kernels.testing import check_identity, evaluate, make_case
 
 @pytest.fixture(params=cuda_device.ON_CUDA)
 def on_cuda(request, cuda):
-    """The name of each backend that runs on the CUDA device."""
+    """The name of each backend that can run on the CUDA device."""
     reason = backends.get(request.param).unsupported(torch.empty(1, 2, device=cuda))
     if reason is not None:
         pytest.skip(f"backend {request.param!r}: {reason}")
@@ -35,18 +35,18 @@ def _step(logits, labels, backend, **options):
 
 
 @pytest.fixture
-def waiting_is_an_error():
+def synchronisation_is_an_error():
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_nothing_waits_for_the_device(on_cuda, cuda, reduction, request):
+def test_calls_are_asynchronous(on_cuda, cuda, reduction, request):
     logits, labels = _case(cuda)
     items = torch.tensor(61.0, device=cuda)
     expected = _step(logits, labels, on_cuda, reduction=reduction)
-    request.getfixturevalue("waiting_is_an_error")
+    request.getfixturevalue("synchronisation_is_an_error")
     actual = _step(logits, labels, on_cuda, reduction=reduction)
     if reduction == "mean":
         _step(logits, labels, on_cuda, num_items=items)
@@ -55,10 +55,10 @@ def test_nothing_waits_for_the_device(on_cuda, cuda, reduction, request):
 
 
 def test_no_items_on_the_device(on_cuda, cuda, request):
-    """0 without a row that counts, infinite with one, a gradient of 0 either way, and nothing is read back."""
+    """The loss is 0 without valid rows and infinite with one, the gradient is 0, and no value is read back."""
     logits, labels = _case(cuda, 8, 1000)
     items = torch.zeros((), dtype=torch.int64, device=cuda)
-    request.getfixturevalue("waiting_is_an_error")
+    request.getfixturevalue("synchronisation_is_an_error")
     nothing, rows = (_step(logits, y, on_cuda, num_items=items) for y in (torch.full_like(labels, -100), labels))
     torch.cuda.set_sync_debug_mode("default")
     assert [float(value) for value in nothing[:5]] == [0.0] * 5
@@ -86,7 +86,7 @@ def test_cuda_graph_replays_on_new_logits(on_cuda, cuda):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_cuda_graph_of_a_head(on_cuda, cuda, softcap):
-    """A capture cannot wait for the labels: rows that do not count are multiplied, whatever they hold."""
+    """A capture cannot read the labels, so rows that are not valid take part in the product, even if they are NaN."""
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(*size, generator=generator).to(cuda, torch.bfloat16) for size in ((64, 32), (500, 32))]
     labels = torch.randint(500, (64,), generator=generator).to(cuda)
@@ -114,7 +114,7 @@ def test_cuda_graph_of_a_head(on_cuda, cuda, softcap):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled_without_naming_a_backend(on_cuda, cuda):
-    """Which backend takes the logits is found out while Dynamo traces: no warning, and numbers that change."""
+    """The backend is selected while Dynamo traces, without a warning; changed weights do not recompile every time."""
     torch._dynamo.reset()
     logits, labels = _case(cuda, 16, 1000)
 
@@ -130,7 +130,7 @@ def test_compiled_without_naming_a_backend(on_cuda, cuda):
 
 
 def test_runs_on_the_current_stream(on_cuda, cuda):
-    """Behind a long copy on a stream of its own: a kernel on another stream would read zeros."""
+    """The logits are written late on another stream; a kernel on the default stream would read zeros."""
     values, labels = _case(cuda)
     expected = _step(values.clone(), labels, on_cuda)
     logits = torch.zeros_like(values)
@@ -158,7 +158,7 @@ def test_device_of_the_logits(on_cuda):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_memory_is_the_gradient_or_nothing(on_cuda, cuda, inplace):
+def test_no_memory_beyond_the_gradient(on_cuda, cuda, inplace):
     logits, labels = _case(cuda, rows=256)
     leaf = logits.requires_grad_()
     view = leaf.view_as(leaf)
@@ -192,8 +192,8 @@ def test_two_launches_at_the_papers_head(on_cuda, cuda):
     assert len([name for name in kernels if not name.startswith(("Mem", "mem", "Activity"))]) == 2, kernels
 
 
-def test_what_a_test_makes_is_moved(monkeypatch):
-    """Shown on the meta device: values apart, it is as far from the CPU as a GPU is."""
+def test_tensors_of_a_test_are_moved(monkeypatch):
+    """Tested on the meta device, which stands for a device other than the CPU."""
     module = types.ModuleType("a_test")
     module.torch, module.make_case = torch, make_case
     cuda_device.move_tensors_of(module, "meta", monkeypatch)
@@ -205,5 +205,5 @@ def test_what_a_test_makes_is_moved(monkeypatch):
     assert torch.zeros(1).device.type == "cpu"
     assert sys.modules["torch"] is torch
     with pytest.raises(ValueError, match="labels: on cpu, but logits are on meta"):
-        # what is made elsewhere stays where it is
+        # tensors that were made elsewhere are not moved
         evaluate(module.torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), backend="reference")

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: tensors to raw pointers and back.  The row formulas are in csrc/."""
+"""The backend of the compiled CPU kernels, which passes tensors as raw pointers.  The kernels are in csrc/cpu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
 from .compiled import MISSING, add_gradients, add_outputs, row_params
 from .compiled import MODULE as _C
 
-# GNU OpenMP's pool of threads does not survive a fork: a parallel region in the child would wait for it for ever.
+# GNU OpenMP's pool of threads does not survive a fork, and a parallel region in the child would wait for it for ever.
+# A forked process therefore computes with one thread.
 _is_forked = False
 
 
@@ -30,7 +31,7 @@ class CpuBackend:
     name = "cpu"
 
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
-        """Needs the compiled module and logits on the CPU."""
+        """Requires the compiled module and logits on the CPU."""
         if _C is None:
             return MISSING
         if logits.device.type != "cpu":

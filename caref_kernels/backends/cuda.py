@@ -1,7 +1,8 @@
-"""The CUDA C++ kernels: tensors to raw pointers and back, on the current stream.  The row formulas are in csrc/.
+"""The backend of the CUDA C++ kernels, which passes tensors as raw pointers.  The kernels are in csrc/cuda.
 
-They are built with the package if nvcc is there, for the architectures that ``explain()`` names, and need neither
-triton nor a compiler where they run.  A call waits for nothing, so CUDA graphs can capture it.
+The kernels are built with the package if nvcc is found, for the architectures that ``explain()`` names; running them
+needs neither triton nor a compiler.  A call runs on the current stream and is asynchronous, so CUDA graphs can capture
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class CudaBackend:
     module: ModuleType | None = MODULE
 
     def unsupported(self, logits: Tensor, spec: RowSpec | None = None) -> str | None:
-        """Needs a build with nvcc, logits on a CUDA device, and machine code or PTX for it."""
+        """Requires a build with nvcc, logits on a CUDA device, and machine code or PTX for that device."""
         if self.module is None:
             return MISSING
         built = self.module.CUDA_ARCHITECTURES
@@ -51,7 +52,8 @@ class CudaBackend:
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=device)
         add_outputs(params, terms, stats)
         with self._guard(logits):
-            # Rows that several blocks share: torch's allocator keeps it until the stream is past the call.
+            # Memory for rows that several blocks share.  It may be freed before the kernels have run, because torch's
+            # allocator reuses memory in the order of the stream.
             workspace = torch.empty(self.module.cuda_forward_workspace(params), dtype=torch.uint8, device=device)
             self.module.cuda_forward(params, self._stream(logits), workspace.data_ptr())
         return terms, stats
@@ -64,10 +66,10 @@ class CudaBackend:
         with self._guard(logits):
             self.module.cuda_backward(params, self._stream(logits))
 
-    # A host emulation of the device, in the tests, replaces these two.
+    # The host emulation of the tests overrides the following two methods.
 
     def _guard(self, logits: Tensor) -> contextlib.AbstractContextManager:
-        """CUDA launches on the current device, wherever the pointers point."""
+        """Make the device of the logits current, because CUDA launches on the current device."""
         return torch.cuda.device_of(logits)
 
     def _stream(self, logits: Tensor) -> int:
@@ -75,15 +77,15 @@ class CudaBackend:
 
 
 def missing_image(built: str, capability: tuple[int, int]) -> str | None:
-    """Why code for ``built`` ("80 90 120+PTX") does not run on a device of this capability, or ``None``.
+    """The reason why code for ``built`` ("80 90 120+PTX") does not run on a device of this capability, or ``None``.
 
-    Machine code runs on its own and later minor versions; PTX is compiled by the driver for any later one.
+    Machine code runs on its own and on later minor versions; the driver compiles PTX for any later version.
     """
     major, minor = capability
     for architecture in built.split():
         number, _, ptx = architecture.partition("+")
         digits = int(re.match(r"\d+", number).group())
-        exact = not number.isdigit()  # 90a and 100f hold for one version and one family
+        exact = not number.isdigit()  # 90a runs on one version only, 100f on one family only
         if (digits // 10, digits % 10) == capability or (digits // 10 == major and digits % 10 <= minor and not exact):
             return None
         if ptx and digits <= 10 * major + minor and not exact:
