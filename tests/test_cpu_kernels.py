@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caref_kernels import backends, objective, partial_rows
-from caref_kernels.backends.triton import tiling
+from caref_kernels import backends, config, objective
 from caref_kernels.config import RowSpec
 from caref_kernels.testing import check_evaluation, check_identity, evaluate, evaluate_eager, make_case, oracle
 
@@ -118,7 +117,7 @@ def test_one_pass_exponents_are_those_of_python():
     found = [tuple(map(int, pair)) for pair in re.findall(condition, source)]
     assert all((alpha, beta) == (kind_alpha, kind_beta) for alpha, beta, kind_alpha, kind_beta in found)
     assert len(found) == source.count("return visitor(EvenExponents<")
-    assert {pair[:2] for pair in found} == set(tiling.ONE_PASS_EXPONENTS) == set(partial_rows.ONE_PASS)
+    assert {pair[:2] for pair in found} == set(config.ONE_PASS_EXPONENTS)
 
 
 def test_a_forked_child_computes_after_its_parent_has(compiled):

@@ -153,7 +153,7 @@ ARROWS: dict[str, set[str]] = {
     "backends/triton/row_math.py": set(),
     "backends/triton/rows.py": set(),
     "backends/triton/select.py": {"backends"},
-    "backends/triton/tiling.py": set(),
+    "backends/triton/tiling.py": {"config"},
     "checks.py": {"distributed", "objective"},
     "config.py": {"sparsity"},
     "demo": {"caref_kernels", "harness"},

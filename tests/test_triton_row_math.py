@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_interpreter
 
-from caref_kernels import objective
+from caref_kernels import config, objective
 from caref_kernels.backends.triton import tiling
 from caref_kernels.testing import check_identity
 
@@ -85,7 +85,7 @@ def test_density_and_slope(alpha, beta, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("alpha", "beta"), tiling.ONE_PASS_EXPONENTS)
+@pytest.mark.parametrize(("alpha", "beta"), config.ONE_PASS_EXPONENTS)
 def test_slope_of_even_exponents(alpha, beta, dtype):
     p, ratio, q = _grid(dtype)
     expected = 0.75 * objective.sced_slope(p.double(), ratio.double(), q.double(), alpha, beta) / q.double()
@@ -138,7 +138,7 @@ def _moments_kernel(y_ptr, out_ptr, delta, c, d, VARIANT: tl.constexpr, N: tl.co
     tl.store(out_ptr + 3, row_math.slope_sum_from_moments(totals, about, below, VARIANT))
 
 
-@pytest.mark.parametrize(("alpha", "beta"), tiling.ONE_PASS_EXPONENTS)
+@pytest.mark.parametrize(("alpha", "beta"), config.ONE_PASS_EXPONENTS)
 def test_moments(alpha, beta):
     """Sums of 64 columns and of 64 former maxima, moved to a maximum that is larger by 1.5."""
     y = torch.linspace(-9, 0, 64, dtype=torch.float64)

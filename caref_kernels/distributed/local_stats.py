@@ -1,7 +1,7 @@
 """The statistics of the columns that one rank holds, their combination to those of the whole row, and the gradient.
 
 Seen from any maximum m, a row is described by a few sums, A_kj = sum over v != a of e^(k y) y^j with y = z - m:
-r = A_10, the mean shift A_11 / (1 + r), and, for the exponents of ``objective.ONE_PASS_EXPONENTS``, SCED and the
+r = A_10, the mean shift A_11 / (1 + r), and, for the exponents of ``config.ONE_PASS_EXPONENTS``, SCED and the
 constant G of its gradient.  csrc/cpu/forward.cpp and csrc/row_math.h have the same algebra for whole rows.
 
 Every rank leaves the column of its own first maximum out of its sums.  Where several ranks hold the row's maximum, all

@@ -1,7 +1,7 @@
 """The part of the vocabulary that a rank holds, and the terms and gradients of rows that several ranks share.
 
 A row takes two exchanges: one MAX of the ranks' maxima and one SUM of their sums as seen from the row's maximum
-(local_stats.py), packed with the label's logit.  Exponents outside ``objective.ONE_PASS_EXPONENTS``, and top-k masks,
+(local_stats.py), packed with the label's logit.  Exponents outside ``config.ONE_PASS_EXPONENTS``, and top-k masks,
 need the residual of the whole row first and take one more SUM.  The backward exchanges nothing: all that it needs from
 other ranks is in the statistics.
 """

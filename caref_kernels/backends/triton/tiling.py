@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...config import ONE_PASS_EXPONENTS
+
 # The widest load instruction of a thread.
 VECTOR_BYTES = 16
 # Load instructions of a thread per tile.  In the forward they share one search for a new maximum (ten shuffles), and
@@ -203,11 +205,6 @@ class Variant(NamedTuple):
     def before_selection(self) -> Variant:
         """The variant of the forward of a row with a top-k mask: everything but SCED."""
         return variant(1, 0, False, self.targets)._replace(statistics=self.statistics)
-
-
-# The same exponents as visit_exponents() in csrc/row_kinds.h; a test compares the two.  For other exponents the
-# expansion of (1-p)^B and (y-c)^A would cancel more digits than float32 has.
-ONE_PASS_EXPONENTS = ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))
 
 
 def variant(alpha: float, beta: float, with_sced: bool, targets: str, topk: bool = False) -> Variant:
