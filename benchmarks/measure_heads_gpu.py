@@ -120,10 +120,10 @@ class HeadBench:
         )
 
     def verify(self, contestant: Contestant, expected: dict) -> dict[str, float]:
-        """Relative errors on the first rows; our own keep their budgets, others only have to compute the same thing.
+        """Relative errors on the first rows; our own keep the tolerances, others only have to compute the same thing.
 
         Raises:
-            AssertionError: an error exceeds its budget.
+            AssertionError: an error exceeds its tolerance.
         """
         rows = slice(0, min(VERIFIED_ROWS, self.case.rows))
         hidden = self.hidden.detach()[rows].clone().requires_grad_()

@@ -174,7 +174,7 @@ def expectation(logits: Tensor, labels: Tensor) -> Evaluation:
 
 
 def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluation) -> Errors:
-    """Hold one provider to the budgets of :mod:`caref_kernels.testing` on the inputs it will be timed on.
+    """Hold one provider to the tolerances of :mod:`caref_kernels.testing` on the inputs it will be timed on.
 
     The package's own backends keep every bound of every row.  Torch's compositions do not (eager misses the cap of the
     worst row, the row sum at large V and, in bfloat16, the correct rounding of 3 % of the entries), so they are held to
@@ -182,7 +182,7 @@ def verify(provider: Provider, logits: Tensor, labels: Tensor, expected: Evaluat
     errors are reported, not judged.
 
     Raises:
-        AssertionError: an error exceeds its budget; the message names the provider.
+        AssertionError: an error exceeds its tolerance; the message names the provider.
     """
     loss, gradient = differentiate(provider, logits.clone(), labels)
     if provider.sparsity is not None:

@@ -1,6 +1,8 @@
-"""What tests/ and benchmarks/ share: logit regimes, cases, the float64 oracle, error budgets.  Needs torch alone."""
+"""Shared by tests/ and benchmarks/: logit regimes, cases, the float64 oracle, tolerances.  Requires torch alone."""
 
-from .budgets import (
+from .cases import REGIMES, Case, confident_logits, make_case
+from .oracle import GRADIENT_PARTS, Evaluation, eager_terms, evaluate, evaluate_eager, oracle, oracle_given
+from .tolerances import (
     GRADCHECK,
     IDENTITIES,
     check_at_most,
@@ -9,19 +11,6 @@ from .budgets import (
     check_identity,
     check_row_sums,
     check_term,
-)
-from .cases import (
-    GRADIENT_PARTS,
-    REGIMES,
-    Case,
-    Evaluation,
-    confident_logits,
-    eager_terms,
-    evaluate,
-    evaluate_eager,
-    make_case,
-    oracle,
-    oracle_given,
 )
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""Every error budget and every tolerance of the project, and the checks that apply them.
+"""The one table of tolerances of the project, and the checks that apply them.
 
-**The contract of every value.**  With E the error against the oracle, evaluated in float64 on the same (already
+Every value meets two conditions.  With E the error against the oracle, evaluated in float64 on the same (already
 rounded) logits:
 
 1. cap: ``E <= cap``, a constant of the quantity and the dtype;
-2. not worse than eager: ``E <= 2 * E_eager + floor``, where eager is the plain torch composition.  It is left out where
-   eager does not exist (-inf logits) and says nothing on confident rows, where eager is wrong by 100 %.
+2. not worse than eager: ``E <= 2 * E_eager + floor``, where eager is the plain torch composition.  This condition is
+   omitted where eager does not exist (-inf logits); on confident rows, where eager is wrong by 100 %, it is void.
 
 Gradients are compared row by row and relative to the row: an absolute tolerance of 1e-5 would accept a gradient of the
 auxiliary terms that is zero, or has the wrong sign, from V = 32,128 on.  A 16-bit gradient must also equal the rounded
@@ -20,40 +20,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import Evaluation
+from .oracle import Evaluation
 
 
-class Budget(NamedTuple):
-    """Bound of one error, and what condition 2 adds to twice the eager error."""
+class Tolerance(NamedTuple):
+    """Limit of one error, and what condition 2 adds to twice the eager error."""
 
     cap: float
     floor: float
 
 
-class Bound(NamedTuple):
-    """Budgets of a per-row term, and what its error is measured in."""
+class TermTolerance(NamedTuple):
+    """Tolerances of a per-row term, and the unit of its error."""
 
-    float32: Budget
-    float64: Budget
+    float32: Tolerance
+    float64: Tolerance
     unit: float = 0.0  # error / max(|expected|, unit); inf makes it absolute
 
 
-# float64 is held to what the reference was shown to hold against mpmath.
-_EXACT = Budget(1e-12, 1e-13)
-TERM_BOUNDS: dict[str, Bound] = {
-    "loss": Bound(Budget(1e-5, 1e-6), _EXACT, 0.1),  # holds lambda_kl * KL, whose error is absolute
-    "ce": Bound(Budget(1e-5, 1e-6), _EXACT),
-    "sced": Bound(Budget(1e-5, 1e-6), _EXACT),
-    "kl": Bound(Budget(1e-5, 2e-6), Budget(1e-12, 1e-13), math.inf),
-    "entropy": Bound(Budget(5e-6, 1e-6), _EXACT),
+# float64: the accuracy of the reference, which the suite validates against mpmath.
+_EXACT = Tolerance(1e-12, 1e-13)
+TERM_TOLERANCES: dict[str, TermTolerance] = {
+    "loss": TermTolerance(Tolerance(1e-5, 1e-6), _EXACT, 0.1),  # holds lambda_kl * KL, whose error is absolute
+    "ce": TermTolerance(Tolerance(1e-5, 1e-6), _EXACT),
+    "sced": TermTolerance(Tolerance(1e-5, 1e-6), _EXACT),
+    "kl": TermTolerance(Tolerance(1e-5, 2e-6), Tolerance(1e-12, 1e-13), math.inf),
+    "entropy": TermTolerance(Tolerance(5e-6, 1e-6), _EXACT),
 }
 # Per row, ||error||_2 / ||expected||_2; float16 has the element rule alone.
 GRADIENT_L2 = {
-    torch.float64: Budget(2e-12, 2e-13),
-    torch.float32: Budget(2e-5, 2e-6),
-    torch.bfloat16: Budget(4e-3 + 2e-5, 2.0**-8),
+    torch.float64: Tolerance(2e-12, 2e-13),
+    torch.float32: Tolerance(2e-5, 2e-6),
+    torch.bfloat16: Tolerance(4e-3 + 2e-5, 2.0**-8),
 }
-GRADIENT_MAX = {torch.float64: Budget(5e-12, 5e-13), torch.float32: Budget(3e-5, 3e-6)}
+GRADIENT_MAX = {torch.float64: Tolerance(5e-12, 5e-13), torch.float32: Tolerance(3e-5, 3e-6)}
 # Per element, |error| <= rounding * |expected| + one subnormal step + ELEMENT_REST * max|expected| of the row.
 ELEMENT_ROUNDING = {
     torch.bfloat16: 1.02 * 2.0**-8,
@@ -71,7 +71,7 @@ SUBNORMAL_SHARE = 0.01
 ROW_SUM = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-2}
 # Short rows are ill-conditioned: log(p/U), good to one rounding, may be nearly 0 in every column, and the slopes of
 # a few columns may cancel.  Their SCED and gradients are measured against at least these units instead of themselves,
-# and not against eager, whose luck differs.
+# and not against eager, whose rounding errors differ by chance.
 SHORT_ROW = 129
 SHORT_ROW_UNITS = {"sced": 1e-6, "gradient": 1e-2, "row_sum": 0.1}
 
@@ -84,7 +84,7 @@ IDENTITIES: dict[str, float] = {
     "float32_gradient": 4e-5,
     "eager_float32_gradient": 1e-4,  # of torch's compositions, whose sums lose more at V = 262,144
     "bfloat16_gradient": 4e-3,  # one rounding to 8 bits
-    # Of a head: the logits and their gradient are rounded too, before the products.
+    # A head: the logits and their gradient are rounded too, before the products.
     "bfloat16_head": 1e-2,
     "float16_head": 2e-3,
     "peer": 2e-2,  # another library computes the same thing, in its own precision
@@ -98,11 +98,10 @@ GRADCHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
 def check_evaluation(
     actual: Evaluation, expected: Evaluation, eager: Evaluation | None = None, label: str = ""
 ) -> None:
-    """Hold every term and gradient of ``actual`` to its budget.
+    """Compare every term and gradient of ``actual`` with the oracle, ``expected``; ``eager`` adds condition 2.
 
-    ``expected`` is the oracle; ``eager`` adds condition 2.  ``label`` starts the message.
     Raises:
-        AssertionError: a bound is exceeded; the message gives the error and the bound.
+        AssertionError: a tolerance is exceeded; the message starts with ``label`` and gives the error and the limit.
     """
     if actual.columns < SHORT_ROW:
         eager = None
@@ -118,11 +117,11 @@ def check_evaluation(
 def check_term(
     name: str, actual: Tensor, expected: Tensor, eager: Tensor | None = None, label: str = "", least_unit: float = 0.0
 ) -> None:
-    """Hold the row values of one term, float32 or float64, to ``TERM_BOUNDS[name]``."""
-    bound = TERM_BOUNDS[name]
-    budget = bound.float64 if actual.dtype == torch.float64 else bound.float32
-    absolute = bound.unit == math.inf
-    unit = torch.ones_like(expected) if absolute else expected.abs().clamp_min(max(bound.unit, least_unit))
+    """Compare the row values of one term, float32 or float64, within ``TERM_TOLERANCES[name]``."""
+    term = TERM_TOLERANCES[name]
+    tolerance = term.float64 if actual.dtype == torch.float64 else term.float32
+    absolute = term.unit == math.inf
+    unit = torch.ones_like(expected) if absolute else expected.abs().clamp_min(max(term.unit, least_unit))
     # Below the smallest normal number a value may have lost its bits to underflow.
     slack = torch.finfo(actual.dtype).tiny
 
@@ -130,11 +129,11 @@ def check_term(
         return ((values.double() - expected).abs() - slack).clamp_min(0) / unit.clamp_min(slack)
 
     _check_finite(f"{label} {name}".strip(), actual)
-    _check_budget(f"{label} {name}".strip(), error(actual), budget, None if eager is None else error(eager))
+    _within(f"{label} {name}".strip(), error(actual), tolerance, None if eager is None else error(eager))
 
 
 def check_gradient(actual: Tensor, expected: Tensor, eager: Tensor | None = None, label: str = "gradient") -> None:
-    """Hold a gradient (..., V) to the norms, the element rule and, in 16 bits, equality with the rounded oracle."""
+    """Check a gradient (..., V) by its norms, the element rule and, in 16 bits, equality with the rounded oracle."""
     dtype = actual.dtype
     _check_finite(label, actual)
     error = (actual.double() - expected).abs().flatten(0, -2)
@@ -145,25 +144,25 @@ def check_gradient(actual: Tensor, expected: Tensor, eager: Tensor | None = None
     by_norm = rows.norm(dim=-1) >= SMALL_NORM
     by_element = ~by_norm if dtype in GRADIENT_MAX else torch.ones_like(by_norm)
     _check_elements(label, error[by_element], rows[by_element], dtype, least)
-    for name, budgets, order in (("2-norm", GRADIENT_L2, 2.0), ("max-norm", GRADIENT_MAX, math.inf)):
-        if dtype in budgets:
+    for name, tolerances, order in (("2-norm", GRADIENT_L2, 2.0), ("max-norm", GRADIENT_MAX, math.inf)):
+        if dtype in tolerances:
             scale = rows[by_norm].norm(order, dim=-1).clamp_min(least)
             errors = error[by_norm].norm(order, dim=-1) / scale
             eager_errors = None if other is None else other[by_norm].norm(order, dim=-1) / scale
-            _check_budget(f"{label} ({name})", errors, budgets[dtype], eager_errors)
+            _within(f"{label} ({name})", errors, tolerances[dtype], eager_errors)
     if dtype in (torch.bfloat16, torch.float16) and not short:
         _check_rounded(label, actual.flatten(0, -2), rows)
     check_row_sums(actual.flatten(0, -2)[by_norm], label)
 
 
 def check_row_sums(gradient: Tensor, label: str = "gradient") -> None:
-    """Every row of a gradient of the loss sums to zero, because the softmax does not see a shift."""
+    """Every row of a gradient of the loss sums to zero, because the softmax is invariant under a shift."""
     rows = gradient.double().flatten(0, -2)
     if gradient.dtype == torch.float16:
         rows = rows[(rows.abs() < torch.finfo(torch.float16).tiny).double().mean(-1) <= SUBNORMAL_SHARE]
     least = SHORT_ROW_UNITS["row_sum"] if gradient.size(-1) < SHORT_ROW else torch.finfo(torch.float64).tiny
     share = rows.sum(-1).abs() / rows.abs().sum(-1).clamp_min(least)
-    _check_budget(f"{label} (row sum)", share, Budget(ROW_SUM[gradient.dtype], 0.0), None)
+    _within(f"{label} (row sum)", share, Tolerance(ROW_SUM[gradient.dtype], 0.0))
 
 
 def check_identity(actual: Tensor, expected: Tensor, identity: str, label: str = "") -> None:
@@ -171,14 +170,14 @@ def check_identity(actual: Tensor, expected: Tensor, identity: str, label: str =
     difference = (actual.double() - expected.double()).norm()
     scale = expected.double().norm()
     relative = difference / torch.where(scale == 0, 1.0, scale)
-    _check_budget(f"{label} (identity {identity})".strip(), relative.view(1), Budget(IDENTITIES[identity], 0.0), None)
+    _within(f"{label} (identity {identity})".strip(), relative.view(1), Tolerance(IDENTITIES[identity], 0.0))
 
 
 def check_at_most(actual: Tensor, bound: Tensor | float, identity: str, label: str = "") -> None:
     """``actual <= bound`` up to the slack of an identity, relative to the larger of 1 and the bound."""
     limit = torch.as_tensor(bound, dtype=torch.float64)
     excess = (actual.double() - limit) / limit.abs().clamp_min(1)
-    _check_budget(f"{label} (bound)", excess.flatten(), Budget(IDENTITIES[identity], 0.0), None)
+    _within(f"{label} (bound)", excess.flatten(), Tolerance(IDENTITIES[identity], 0.0))
 
 
 def _check_finite(label: str, actual: Tensor) -> None:
@@ -188,20 +187,20 @@ def _check_finite(label: str, actual: Tensor) -> None:
         )
 
 
-def _check_budget(label: str, errors: Tensor, budget: Budget, eager: Tensor | None) -> None:
+def _within(label: str, errors: Tensor, tolerance: Tolerance, eager: Tensor | None = None) -> None:
     """Both conditions for the worst row; NaN errors fail."""
     if errors.numel() == 0:
         return
     worst, row = torch.nan_to_num(errors, nan=math.inf).flatten().max(-1)
-    if not worst <= budget.cap:
-        raise AssertionError(f"{label}: error {worst:.3g} in row {int(row)} exceeds the cap {budget.cap:.3g}")
+    if not worst <= tolerance.cap:
+        raise AssertionError(f"{label}: error {worst:.3g} in row {int(row)} exceeds the cap {tolerance.cap:.3g}")
     if eager is None:
         return
-    limit = 2 * torch.nan_to_num(eager, nan=math.inf).max() + budget.floor
+    limit = 2 * torch.nan_to_num(eager, nan=math.inf).max() + tolerance.floor
     if worst > limit:
         raise AssertionError(
             f"{label}: error {worst:.3g} in row {int(row)} exceeds twice the eager error plus the floor "
-            f"{budget.floor:.3g}, {limit:.3g} (cap {budget.cap:.3g})"
+            f"{tolerance.floor:.3g}, {limit:.3g} (cap {tolerance.cap:.3g})"
         )
 
 

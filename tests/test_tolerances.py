@@ -1,4 +1,4 @@
-"""The budgets must bite: each mistake that a default tolerance would let through is refused, with both numbers."""
+"""The tolerances reject every mistake that a default tolerance would accept, and the message gives both numbers."""
 
 from __future__ import annotations
 
