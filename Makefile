@@ -34,17 +34,17 @@ demo: $(READY)  ## fine-tune a real model for two minutes, with and without CARE
 test: lint  ## lint, the whole suite, and the conformance suite of the Triton kernels under Triton's interpreter
 	$(PYTEST) --require reference,cpu,cuda-emulated $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) --require triton $(ARGS)
-aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and print what the machine code costs
-	$(PY) -m caref_kernels.gpucheck --aot $(ARGS)
+aot: $(READY)  ## compile every Triton kernel for three GPUs, without one, and check its machine code
+	$(PY) -m tools.aot $(ARGS)
 $(OLDEST)/.ready: $(READY)
 	rm -rf $(OLDEST) && $(PIP) install --quiet --no-deps --target $(OLDEST) $(OLDEST_TRITON)
 	touch $@
 aot-oldest: $(OLDEST)/.ready  ## the same with the oldest supported triton, in a folder of its own
-	PYTHONPATH=$(OLDEST) $(PY) -m caref_kernels.gpucheck --aot $(ARGS)
-launches-oldest: $(OLDEST)/.ready  ## whether the oldest supported triton compiles what a call asks of it
+	PYTHONPATH=$(OLDEST) $(PY) -m tools.aot $(ARGS)
+launches-oldest: $(OLDEST)/.ready  ## test that the oldest supported triton compiles the kernels of every kind of call
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_triton_launches.py $(ARGS)
-nvcc-check: $(READY)  ## compile every CUDA kernel for four GPUs, without one: no warning, no spill, and registers in bounds
-	CAREF_CUDA=auto $(PY) .ci/nvcc_check.py
+nvcc-check: $(READY)  ## compile every CUDA kernel for four GPUs, without one: no warning, no spill, registers within limits
+	CAREF_CUDA=auto $(PY) -m tools.nvcc_check
 lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED) && $(VENV)/bin/typos .

@@ -15,6 +15,7 @@ import pytest
 from setuptools import Distribution
 
 from caref_kernels.backends.compiled import MODULE
+from tools import nvcc_check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,6 @@ def _module(name: str, path: Path):
 
 
 setup = _module("caref_setup", ROOT / "setup.py")
-nvcc_check = _module("caref_nvcc_check", ROOT / ".ci" / "nvcc_check.py")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ ptxas info    : Used 80 registers
 """
 
 
-def test_what_ptxas_says_is_read():
+def test_ptxas_output_is_parsed():
     row, gradient = nvcc_check.parse(PTXAS)
     assert (row.architecture, row.registers, row.spilled) == ("sm_80", 90, 16)
     assert (gradient.architecture, gradient.registers, gradient.spilled) == ("sm_90", 80, 0)

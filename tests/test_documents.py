@@ -20,7 +20,7 @@ TEXTS = {path.name: path.read_text() for path in DOCUMENTS if path.name != "CHAN
 IN_CI = {"test", "build", "lint", "launches-oldest", "sanitize", "nvcc-check"}
 # Minutes or a GPU: what they run is tested by the files that stand beside them.
 TESTED_IN = {
-    "demo": "test_demo.py", "aot": "test_gpucheck.py", "gpucheck": "test_gpucheck_report.py",
+    "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck_report.py",
     "mutants": "test_mutants.py",
     "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_linear.py",
     "bench-report": "test_benchmarks.py", "bench-sparse": "test_benchmarks.py", "harness": "test_harness_cli.py",
@@ -66,8 +66,8 @@ def test_every_verb_exists_and_is_run_somewhere(command):
 
 
 def test_the_makefile_runs_modules_that_exist():
-    modules = set(re.findall(r"-m ((?:benchmarks|caref_kernels)[\w.]*)", (ROOT / "Makefile").read_text()))
-    assert {"benchmarks.measure", "benchmarks.report", "caref_kernels.gpucheck"} <= modules
+    modules = set(re.findall(r"-m ((?:benchmarks|caref_kernels|tools)[\w.]*)", (ROOT / "Makefile").read_text()))
+    assert {"benchmarks.measure", "benchmarks.report", "tools.aot"} <= modules
     for module in modules:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

@@ -1,4 +1,4 @@
-"""Stages that need no GPU: what the machine and the package are, the build, the machine code of the Triton kernels."""
+"""Stages that need no GPU: what the machine and the package are; the build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -96,23 +95,6 @@ def _is_outdated() -> bool:
     built = [path.stat().st_mtime for path in (sources.ROOT / "caref_kernels").glob("_C*.so")]
     files = [path for path in (sources.ROOT / "csrc").rglob("*") if path.is_file()]
     return not built or max(built) < max(path.stat().st_mtime for path in files)
-
-
-def aot(_device: str, _seconds: float, capability: str = "") -> dict:
-    """Every Triton kernel compiled for one architecture, that of the GPU or 9.0: spills, registers, instructions."""
-    if importlib.util.find_spec("triton") is None:
-        raise Unsupported("triton is not installed")
-    from ..backends.triton import INTERPRETED
-    from . import aot as ahead
-
-    if INTERPRETED:
-        raise Unsupported("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled")
-    chosen = list(ahead.variants([int(capability.replace(".", "") or 90)]))
-    failed = []
-    with ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as pool:
-        for result in pool.map(ahead.check, chosen):
-            failed += [[str(result.variant), "; ".join(result.failures)]] if result.failures else []
-    return {"cases": len(chosen), "failed": failed, "controls": {}}
 
 
 def _driver() -> str:

@@ -92,7 +92,6 @@ STAGES: tuple[Stage, ...] = (
     Stage("large", "offsets beyond 32 bits", 120, large_checks.large, alone=True),
     Stage("sanitizer", "compute-sanitizer", 180, function=sanitizer.sanitizer, least=60),
     Stage("suite", "the conformance suite on the GPU", 240, function=environment.suite, least=60),
-    Stage("aot", "machine code of the Triton kernels", 240, function=environment.aot, per_backend=False),
     Stage("fuzz", "random calls", 120, large_checks.fuzz, open_ended=True),
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,8 +1,8 @@
-"""``make nvcc-check``: every CUDA kernel for every architecture, without a GPU, and what its machine code costs.
+"""``make nvcc-check``: compile every CUDA kernel for every architecture, without a GPU, and check its registers.
 
-Warnings are errors; no kernel may spill registers or use more of them than the blocks that its launch counts on leave
-(kBlocks in csrc/cuda/launch.cuh); and what is linked from it must load and fail politely where there is no device.
-Ends with 0 and the reason where there is no nvcc, unless CAREF_CUDA=1.
+Warnings are errors.  No kernel may spill registers, or use more of them than the number of resident blocks that its
+launch assumes leaves to each (kBlocks in csrc/cuda/launch.cuh).  The linked module must load, and must raise a
+RuntimeError where there is no device.  Without nvcc the exit code is 0 and the reason is printed, unless CAREF_CUDA=1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 STRICT = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills"
 _REGISTER_FILE = 65_536
 _MOST_REGISTERS = 255
-# Launches of fewer threads, whose registers no other block waits for.
+# Small launches: their registers do not limit the number of resident blocks.
 _UNBOUND = ("combine_kernel", "combine_sced_kernel")
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 def parse(output: str) -> list[Kernel]:
-    """What ``-Xptxas -v`` says: a kernel's own lines, then those of its functions, up to the next kernel."""
+    """Parse ``-Xptxas -v``: the lines of a kernel, then those of the functions it calls, up to the next kernel."""
     kernels, name, architecture, registers, spilled = [], None, "", 0, 0
 
     def add() -> None:
@@ -63,7 +63,7 @@ def parse(output: str) -> list[Kernel]:
 
 
 def register_limit(kernel: Kernel, unit: str, blocks: dict[str, int]) -> int:
-    """Registers of a thread that leave room for the blocks that its launch counts on."""
+    """The most registers of a thread with which the number of resident blocks that its launch assumes still fits."""
     if any(name in kernel.name for name in _UNBOUND):
         return _MOST_REGISTERS
     wanted = blocks["float64" if "Float64" in unit else "float32"]
@@ -77,7 +77,7 @@ def register_limit(kernel: Kernel, unit: str, blocks: dict[str, int]) -> int:
 
 
 def launch_bounds() -> dict[str, int]:
-    """The numbers of csrc/cuda, from its text."""
+    """The constants of the launches, read from the text of csrc/cuda."""
     launch = (ROOT / "csrc" / "cuda" / "launch.cuh").read_text(encoding="utf-8")
     reduce = (ROOT / "csrc" / "cuda" / "reduce.cuh").read_text(encoding="utf-8")
     kinds = re.search(r"kBlocks = sizeof\(T\) == 8 \? (\d) : (\d);", launch)
@@ -111,7 +111,7 @@ def _run(command: str) -> str:
 
 
 def _compile(cuda, folder: Path) -> dict[str, list[Kernel]]:
-    """Unit -> its kernels; the object files lie in ``folder`` then."""
+    """The kernels of each unit; writes the object files into ``folder``."""
 
     def one(item) -> list[Kernel]:
         output, (source, own) = item
@@ -124,7 +124,7 @@ def _compile(cuda, folder: Path) -> dict[str, list[Kernel]]:
 
 
 def _link_and_load(setup, cuda, folder: Path) -> str:
-    """A module of the CUDA half alone: what it says without a device, or "runs" with one."""
+    """Link a module of the CUDA half alone; return its message without a device, or "runs" with one."""
     import pybind11
 
     bindings, path = folder / "bindings.o", folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -1,4 +1,4 @@
-"""Reads a cubin with the disassembler of Triton's wheel: registers, spills, and what a loop costs per turn."""
+"""Reads a cubin with the disassembler of Triton's wheel: registers, spills, and the instructions of its loops."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SPILLS = ("LDL", "STL")
 
 
 class Loop(NamedTuple):
-    """The instructions of one turn, on the shortest way round.
+    """The instructions of one iteration, on the shortest path through the loop.
 
-    Longer ways are the rare ones by construction: the masked last tile, a tile with a new maximum, the two tiles with
+    The longer paths are rare by construction: the masked last tile, a tile with a new maximum, the two tiles with
     columns of their own form.
     """
 
-    turn: tuple[str, ...]
+    iteration: tuple[str, ...]
     first: int = 0  # where it starts and ends in the listing
     last: int = 0
 
@@ -34,15 +34,15 @@ class Loop(NamedTuple):
 
     def count(self, *prefixes: str) -> int:
         """How many of its instructions start with one of these."""
-        return sum(name.startswith(prefixes) for name in self.turn)
+        return sum(name.startswith(prefixes) for name in self.iteration)
 
 
 class MachineCode(NamedTuple):
-    """What a cubin says about itself."""
+    """Resources and loops of a cubin."""
 
     registers: int
     stack: int
-    spills: int  # instructions, wherever they are
+    spills: int  # instructions that spill, in the whole kernel
     looped_spills: int  # those inside a loop over columns or over a list
     loops: tuple[Loop, ...]
 
@@ -57,11 +57,30 @@ class MachineCode(NamedTuple):
         return tuple(loop for loop in loops if not any(loop.encloses(other) for other in self.loops))
 
 
+class InstructionLimit(NamedTuple):
+    """The most that a kernel may use."""
+
+    registers: int
+    stack: int  # bytes
+    looped_spills: int  # instructions
+    per_column: float | None  # instructions of all main loops; None: no loop over columns, or several kinds of them
+
+    def exceeded(self, code: MachineCode) -> list[str]:
+        """A sentence for each resource of ``code`` above its limit."""
+        failures = []
+        if code.looped_spills > self.looped_spills or code.stack > self.stack:
+            found = f"{code.looped_spills} spills in loops, {code.stack} bytes of stack"
+            failures.append(f"{found}, limits {self.looped_spills} and {self.stack}")
+        if code.registers > self.registers:
+            failures.append(f"{code.registers} registers, limit {self.registers}")
+        return failures
+
+
 def read(cubin: bytes, tools: Path) -> MachineCode:
     """Disassemble ``cubin`` with the programs in ``tools``.
 
     Raises:
-        RuntimeError: cuobjdump or nvdisasm fails; the message holds what it said.
+        RuntimeError: cuobjdump or nvdisasm fails; the message ends with its output.
     """
     with tempfile.TemporaryDirectory(prefix="caref-cubin-") as folder:
         path = Path(folder, "kernel.cubin")
@@ -96,9 +115,9 @@ def _parse(listing: str) -> tuple[dict[str, int], list[str]]:
 
 
 def _spills(instructions: list[str], loops: tuple[Loop, ...]) -> tuple[int, int]:
-    """How many instructions spill, and how many of them do so in a loop over columns or over a list.
+    """The number of instructions that spill, and of those in a loop over columns or over a list.
 
-    A program that takes rows in turn has one around those, where a spill costs an instruction for a row.
+    A program that processes several rows has an outer loop over rows, where a spill costs one instruction a row.
     """
     loops = tuple(loop for loop in loops if not _is_of_rows(loop, loops))
     spills = [place for place, instruction in enumerate(instructions) if _name(instruction).startswith(_SPILLS)]
@@ -123,21 +142,21 @@ def _loops(labels: dict[str, int], instructions: list[str]):
             continue
         header = labels.get(target.group(1), index)
         if header < index:
-            way = _shortest_way(labels, instructions, header, index)
-            if way:
-                yield Loop(tuple(_name(instructions[place]) for place in way), header, index)
+            path = _shortest_path(labels, instructions, header, index)
+            if path:
+                yield Loop(tuple(_name(instructions[place]) for place in path), header, index)
 
 
-def _shortest_way(labels: dict[str, int], instructions: list[str], first: int, last: int) -> list[int]:
-    """The fewest instructions from ``first`` to ``last`` inclusive; empty if there is no way."""
+def _shortest_path(labels: dict[str, int], instructions: list[str], first: int, last: int) -> list[int]:
+    """The shortest path from ``first`` to ``last`` inclusive; empty if there is none."""
     cost, before, queue = {first: 1}, {}, [(1, first)]
     while queue:
         steps, place = heapq.heappop(queue)
         if place == last:
-            way = [place]
-            while way[-1] in before:
-                way.append(before[way[-1]])
-            return way[::-1]
+            path = [place]
+            while path[-1] in before:
+                path.append(before[path[-1]])
+            return path[::-1]
         for following in _followers(labels, instructions, place):
             if first <= following <= last and steps + 1 < cost.get(following, len(instructions) + 1):
                 cost[following], before[following] = steps + 1, place

@@ -1,0 +1,1 @@
+"""Checks of compiled kernels that need no GPU: ``make aot`` and ``make nvcc-check``."""
