@@ -16,6 +16,8 @@ OLDEST := build/triton-oldest
 export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 # one process per core; a test uses one thread, unless it is about threads
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
+# A test that hangs in the driver ends with its process; after the last limit no test starts.  Together under 10 minutes.
+GPU_LIMITS := --dist loadgroup --timeout 150 --timeout-method thread --session-timeout 420
 .PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants random-mutants build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
@@ -50,8 +52,9 @@ lint: $(READY)  ## ruff, clang-format, typos: the versions of requirements.lock
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED) && $(VENV)/bin/typos .
 format: $(READY)  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(FORMATTED)
-gpucheck: $(READY)  ## everything that needs a GPU, into benchmarks/results/gpucheck.json (under 10 minutes)
-	$(PY) -m caref_kernels.gpucheck --out benchmarks/results/gpucheck.json $(ARGS)
+gpucheck: $(READY)  ## every test that needs a GPU, into benchmarks/results/gpucheck.json (under 10 minutes)
+	$(if $(READY),,TORCH_CUDA_ARCH_LIST="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" $(PY) setup.py -q build_ext --inplace)
+	$(PYTEST) -m gpu --gpucheck benchmarks/results/gpucheck.json -rfE $(GPU_LIMITS) $(ARGS)
 bench: $(READY)  ## measure, write benchmarks/results/ and the README's tables and plots (under 5 minutes)
 	$(PY) -m benchmarks.measure $(ARGS)
 	$(PY) -m benchmarks.measure_step

@@ -13,9 +13,9 @@ import torch
 
 import caref_kernels
 from caref_kernels import backends
-from caref_kernels.gpucheck.sources import RESULTS, ROOT, git, source_hash
 
 from . import peers
+from .sources import RESULTS, ROOT, git, source_hash
 
 __all__ = ["ROOT", "cpu_model", "gpu_provenance", "provenance", "source_hash"]
 

@@ -80,36 +80,39 @@ def step_block(results: dict | None, current_hash: str, command: str) -> str:
     return "\n\n".join([*parts, *(f"{name}: {reason}." for name, reason in results["left_out"].items())])
 
 
-def gpucheck_block(report: dict | None, current_hash: str) -> str:
-    """What the committed report of gpucheck says, stage by stage."""
-    if report is None:
+def gpucheck_block(results: dict | None, current_hash: str) -> str:
+    """The committed report of gpucheck, file by file, and the tests that failed, did not run or were skipped."""
+    if results is None:
         return "Not yet run on a GPU: `make gpucheck` on one writes the report."
-    host, package = report["host"], report["package"]
-    stale = [] if package["source_sha256"] == current_hash else [STALE.format(command="make gpucheck")]
-    where = f"{host['gpu'] or 'no GPU'}, torch {host['torch']}, triton {host['triton']}"
-    driver = f", driver {host['driver']}" if host.get("driver") else ""
-    commit = (package["git"] or "unknown")[:12] + (", with uncommitted changes" if package["dirty"] else "")
-    counts = ", ".join(f"{count} {status}" for status, count in report["summary"].items() if count)
-    lines = [*_table_head(["stage", "status", "cases", "seconds", ""])]
-    for stage in report["stages"]:
-        detail = stage.get("detail", "").replace("|", "\\|").replace("\n", " ")[:160]
-        cells = [stage["name"], stage["status"], str(stage.get("cases", "")), f"{stage['seconds']:.0f}", detail]
-        lines.append(_cells(cells))
-    text = f"Run on {report['started'][:10]}: {where}{driver}; commit {commit}. Stages: {counts}."
-    return "\n\n".join([*stale, text, "\n".join(lines)])
+    outcomes = ("passed", "failed", "skipped", "not run")
+    lines = _table_head(["tests", *outcomes, "seconds"])
+    for file in results["files"]:
+        lines.append(_cells([file["file"], *(str(file.get(one, 0)) for one in outcomes), f"{file['seconds']:.0f}"]))
+    reasons = [
+        f"- {test['test']}: {test['outcome']}. {test.get('detail', '')}".rstrip()
+        for test in results["tests"]
+        if test["outcome"] != "passed"
+    ]
+    stale, text = _origin(results, current_hash, "make gpucheck", "Run")
+    return "\n\n".join([*stale, text, "\n".join(lines), *(["\n".join(reasons)] if reasons else [])])
 
 
 def _head(results: dict, current_hash: str, command: str) -> list[str]:
+    stale, text = _origin(results, current_hash, command, "Measured")
+    return [*stale, f"{text} Median of one run, repetitions interleaved."]
+
+
+def _origin(results: dict, current_hash: str, command: str, verb: str) -> tuple[list[str], str]:
+    """(A warning if the sources have changed, the machine and the versions)."""
     made = results["provenance"]
     stale = [] if made["source_sha256"] == current_hash else [STALE.format(command=command)]
     state = ", with uncommitted changes" if made["dirty"] else ""
     more = f", driver {made['driver']}, triton {made['triton']}" if "driver" in made else ""
     threads = f", {made['threads']} threads" if "threads" in made else ""
-    text = (
-        f"Measured on {results['date']}: {made['machine']}{threads}{more}; torch {made['torch']}, Python "
-        f"{made['python']}; commit {made['commit'][:12]}{state}. Median of one run, repetitions interleaved."
+    return stale, (
+        f"{verb} on {results['date']}: {made['machine']}{threads}{more}; torch {made['torch']}, Python "
+        f"{made['python']}; commit {made['commit'][:12]}{state}."
     )
-    return [*stale, text]
 
 
 def _absent(results: dict) -> list[str]:

@@ -1,21 +1,28 @@
-"""The backend fixture, the option that turns skips into failures, and a network that is switched off."""
+"""The backend fixtures, the options and the tests of a GPU, and a network that is switched off."""
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import cuda_device
 import cuda_emulated
 import pytest
 import torch
 import triton_interpreter
+from gpu import report
 
 from caref_kernels import backends
 
 # The emulation of the CUDA kernels is a backend of the suite alone.
 BACKENDS = (*backends.ORDER, cuda_emulated.NAME)
+GPU_TESTS = Path(report.__file__).parent
+# Their launches need a GPU or Triton's interpreter.
+TRITON_FILES = ("test_triton_kernels.py", "test_triton_row_math.py", "test_triton_selection.py")
 DEVICE_CHECKED = (*backends.DEVICE_CHECKED, cuda_emulated.NAME)
 
 
@@ -26,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAMES",
         help="comma-separated backends that must run here; any other one that cannot is skipped with its reason",
     )
+    parser.addoption(
+        "--gpucheck", type=Path, metavar="FILE", help="write the outcomes to FILE; an error without a CUDA device"
+    )
+    parser.addoption("--fake-device", action="store_true", help="rehearse tests/gpu on the CPU, at small sizes")
 
 
 def _required(config: pytest.Config) -> list[str]:
@@ -43,6 +54,39 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = sorted(set(_required(config)) - set(BACKENDS))
     if unknown:
         raise pytest.UsageError(f"--require: unknown backends {unknown}; there are {', '.join(BACKENDS)}")
+    config.pluginmanager.register(report.LostDevice())
+    if config.getoption("--gpucheck") is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_gpu_report(config))
+
+
+def _gpu_report(config: pytest.Config) -> report.Report:
+    from benchmarks.provenance import gpu_provenance
+
+    reason = None if config.getoption("--fake-device") else cuda_device.missing()
+    if reason is not None:
+        raise pytest.UsageError(f"--gpucheck: {reason}")
+    try:
+        provenance = gpu_provenance(torch.device("cpu" if config.getoption("--fake-device") else "cuda"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--gpucheck: {error}") from error
+    return report.Report(config.getoption("--gpucheck"), provenance)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--gpucheck``: files without a test for a GPU, which may import packages that its machine does not have."""
+    if config.getoption("--gpucheck") is None or collection_path.suffix != ".py":
+        return None
+    if GPU_TESTS in collection_path.parents or collection_path.name in TRITON_FILES:
+        return None
+    return None if re.search(r"def test_\w+\([^)]*\b(\w*backend|cuda)\b", collection_path.read_text()) else True
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark with ``gpu`` the tests that run on a CUDA device: tests/gpu, and those of the suite for its backends."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    on_gpu = any(name.endswith("backend") and value in cuda_device.ON_CUDA for name, value in parameters.items())
+    if on_gpu or "cuda" in item.fixturenames or GPU_TESTS in item.path.parents or item.path.name in TRITON_FILES:
+        item.add_marker("gpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,6 +143,12 @@ def cuda() -> torch.device:
     if reason is not None:
         pytest.skip(reason)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def runnable(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Skips, with the reason, unless the backend of that name runs here; a failure if it is required."""
+    return functools.partial(_runnable, config=request.config)
 
 
 def _runnable(name: str, config: pytest.Config) -> str:

@@ -20,7 +20,7 @@ TEXTS = {path.name: path.read_text() for path in DOCUMENTS if path.name != "CHAN
 IN_CI = {"test", "build", "lint", "launches-oldest", "sanitize", "nvcc-check"}
 # Minutes or a GPU: what they run is tested by the files that stand beside them.
 TESTED_IN = {
-    "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck_report.py",
+    "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck.py",
     "mutants": "test_mutants.py",
     "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_linear.py",
     "bench-report": "test_benchmarks.py", "bench-sparse": "test_benchmarks.py", "harness": "test_harness_cli.py",
@@ -90,8 +90,8 @@ def test_every_module_takes_its_options(command):
 
 
 def test_options_that_are_named_alone_belong_to_a_command():
-    """An option in the text, as --stage, is one of gpucheck, of the demo, or of pytest in this tree."""
-    known = _help("caref_kernels.gpucheck") + _help("caref_kernels.demo") + (ROOT / "tests" / "conftest.py").read_text()
+    """An option in the text is one of the tools, of the demo, or of pytest in this tree."""
+    known = _help("tools.aot") + _help("caref_kernels.demo") + (ROOT / "tests" / "conftest.py").read_text()
     for name, text in TEXTS.items():
         for option in re.findall(r"`(--[a-z][a-z-]*)", text):
             if name in ("README.md", "CONTRIBUTING.md"):

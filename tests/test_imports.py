@@ -243,7 +243,7 @@ def test_the_package_imports_what_it_may(path):
         assert names <= {*caref_kernels.__all__, *PUBLIC_ONLY, "testing"}
     else:
         allowed = {*sys.stdlib_module_names, "torch", "caref_kernels"}
-        allowed |= {"triton"} if "triton" in path.parts or part == "gpucheck" else set()
+        allowed |= {"triton"} if "triton" in path.parts else set()
         assert roots <= allowed
 
 

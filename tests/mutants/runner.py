@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 class Tree:
     """A copy of the project in which one mutant at a time is applied, built and tested."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **environment: str) -> None:
         self.path = path
         ignore = shutil.ignore_patterns("__pycache__", "build")
         for name in FOLDERS:
@@ -65,8 +65,8 @@ class Tree:
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, path / name)
         self._is_built = False
-        environment = dict(os.environ, PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-        self._environment = {**environment, "MAX_JOBS": "1", "CAREF_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
+        ours = {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MAX_JOBS": "1"}
+        self._environment = {**os.environ, **ours, "CAREF_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", **environment}
 
     def apply(self, mutant: Mutant) -> str:
         """Write the mistake; returns the original text, to be given to ``restore``."""

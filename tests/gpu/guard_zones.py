@@ -1,8 +1,8 @@
-"""Canaries and poison: guard zones around every tensor that a backend reads or writes, NaN in every fresh one.
+"""Guard zones around every tensor that a backend reads or writes, and NaN in every fresh one.
 
-What a kernel writes beside its outputs changes a guard zone; what it reads beside its inputs is 1.5e16 in float32 and
-as wild in the other dtypes; what it forgets to write is NaN.  ``torch.empty`` is what the backends allocate with, so
-that replacing it for the time of a call reaches outputs, statistics and workspaces.
+A write outside an output changes a guard zone; a read outside an input yields 1.5e16 in float32 and similar values in
+the other dtypes; an element that is not written is NaN.  The backends allocate with ``torch.empty``, so that replacing
+it for the time of a call reaches outputs, statistics and workspaces.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ GUARD_BYTES = 16384
 PATTERN = 0x5A
 
 
-class Fence:
-    """Guarded tensors, and the check that nothing has touched their zones or their constants."""
+class GuardZones:
+    """Guarded tensors, and the check that neither their zones nor the constants have changed."""
 
     def __init__(self) -> None:
         self._zones: list[tuple[str, Tensor, int, int]] = []
         self._constants: list[tuple[Tensor, Tensor]] = []
 
     def constant(self, values: Tensor) -> Tensor:
-        """A guarded copy of ``values`` that nobody may change; contiguous, not a view."""
+        """A guarded copy of ``values`` that must not change; contiguous, not a view."""
         guarded = self._allocate(values.shape, values.dtype, values.device, "input")
         guarded.copy_(values)
         self._constants.append((guarded, guarded.clone()))
@@ -34,7 +34,7 @@ class Fence:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Guard and poison what ``torch.empty`` makes inside; check everything at the end.
+        """Guard what ``torch.empty`` makes inside, and fill it with NaN; check everything at the end, and forget it.
 
         Raises:
             AssertionError: a zone or a constant has changed.
@@ -55,11 +55,12 @@ class Fence:
             yield
         finally:
             torch.empty = original
-        self.check()
+        self._check()
 
-    def check(self) -> None:
-        """Raise AssertionError if a guard zone or a constant has changed."""
-        for kind, memory, first, last in self._zones:
+    def _check(self) -> None:
+        zones, constants = self._zones, self._constants
+        self._zones, self._constants = [], []
+        for kind, memory, first, last in zones:
             for side, zone in (("before", memory[:first]), ("after", memory[last:])):
                 if not bool((zone == PATTERN).all()):
                     places = (zone != PATTERN).nonzero().flatten()
@@ -68,7 +69,7 @@ class Fence:
                         f"{len(places)} bytes {side} an {kind} of {last - first} bytes were overwritten, "
                         f"the nearest at {offset:+d}"
                     )
-        for guarded, values in self._constants:
+        for guarded, values in constants:
             if not torch.equal(guarded.view(torch.uint8), values.view(torch.uint8)):
                 raise AssertionError(f"an input of shape {tuple(guarded.shape)} was changed")
 

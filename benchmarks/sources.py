@@ -1,4 +1,4 @@
-"""Which sources decide the results of a kind of kernels, and their hash; which commit they belong to."""
+"""The sources that determine the results of a kind of kernels, their hash, and the commit they belong to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 # The kernels with their build flags, and the Python between a caller and them.
 _EVERYWHERE = ("setup.py", "csrc/*", "caref_kernels/*.py", "caref_kernels/backends/*.py")
@@ -14,7 +14,7 @@ KERNEL_SOURCES = {
     "cpu": (*_EVERYWHERE, "csrc/cpu/**/*"),
     "gpu": (*_EVERYWHERE, "csrc/cuda/**/*", "caref_kernels/backends/triton/**/*.py"),
 }
-# Files that a run itself rewrites: they do not make the tree dirty.
+# A run rewrites these files itself: they do not make the tree dirty.
 RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
 
 
@@ -29,13 +29,8 @@ def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:
     return digest.hexdigest()
 
 
-def is_checkout(root: Path = ROOT) -> bool:
-    """Whether the package runs from its source tree, so that its hash and its build can be looked at."""
-    return (root / "csrc").is_dir() and (root / "setup.py").is_file()
-
-
 def git(*arguments: str) -> str:
-    """What git says in the source tree.
+    """The output of a git command in the source tree.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no git, or no checkout.

@@ -1,1 +1,0 @@
-"""What only a GPU, or only its compiler, can show: ``python -m caref_kernels.gpucheck``."""

@@ -1,0 +1,1 @@
+"""Tests that need a GPU (marker ``gpu``), and what ``make gpucheck`` adds to pytest."""

@@ -1,0 +1,24 @@
+"""Faults in the source of the Triton kernels, compiled for this GPU: the tests of each mutant must notice it."""
+
+from __future__ import annotations
+
+import os
+
+import mutants
+import pytest
+
+
+@pytest.mark.parametrize("name", ["t-tail-loaded", "t-offset-32-bits", "t-label-unchecked"])
+def test_fault_in_a_kernel_is_noticed(name, request, runnable, tmp_path):
+    """A test fails, or the device reports an illegal access."""
+    fake = request.config.getoption("--fake-device")
+    if fake and name != "t-offset-32-bits":
+        pytest.skip("make mutants tries it, as all others, under Triton's interpreter")
+    if not fake:
+        runnable("triton")
+    (mutant,) = mutants.select([name])
+    tree = mutants.Tree(tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    assert tree.test(mutant.arguments(), interpreted=fake)[0] == 0, "its tests fail without the fault"
+    tree.plant(mutant)
+    code, output = tree.test(mutant.arguments(), interpreted=fake)
+    assert (code == 1 and "FAILED tests" in output) or code < 0 or "illegal memory access" in output, output[-600:]
