@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ int main() {
   return cudaDeviceSynchronize() != cudaSuccess;
 }
 """
-# The sanitizer sees every allocation for itself.
+# Without torch's cache the sanitizer sees every allocation.
 _ENVIRONMENT = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False")
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 _PLACE = re.compile(r"^=+\s+at (\S+?)[(+]", re.MULTILINE)
@@ -38,7 +39,8 @@ _PLACE = re.compile(r"^=+\s+at (\S+?)[(+]", re.MULTILINE)
 
 def run(tool: str, *program: str, **options) -> tuple[int, str]:
     """(exit code, output) of ``program`` under ``tool``."""
-    command = ["env", *_ENVIRONMENT, find("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(ERRORS)]
+    path = f"PYTHONPATH={os.pathsep.join(filter(None, sys.path))}"
+    command = ["env", path, *_ENVIRONMENT, find("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(ERRORS)]
     done = subprocess.run([*command, *program], capture_output=True, text=True, check=False, **options)
     return done.returncode, done.stdout + done.stderr
 

