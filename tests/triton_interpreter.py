@@ -17,9 +17,7 @@ from caref_kernels.backends import triton as backend
 ACTIVE = backend.INTERPRETED
 # The widest rows that a test may have under the interpreter.
 WIDEST = 33_000
-# Under the interpreter only every fourth row of a real model is tested.
-STEP = 4
-# Tests of many rows, of rows whose width is not a parameter, or of many threads (the interpreter has global state).
+# Tests of many rows, of a width that is written in the test, or of many threads (the interpreter has global state).
 TOO_LARGE = frozenset(
     {
         "test_any_split",
