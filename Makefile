@@ -32,7 +32,7 @@ $(READY): requirements.lock setup.py pyproject.toml $(SOURCES)
 	touch $@
 build: $(READY)  ## virtual environment, pinned dependencies, compiled extension
 demo: $(READY)  ## fine-tune a real model for two minutes, with and without CAREF
-	$(PY) -m caref_kernels.demo $(ARGS)
+	$(PY) examples/finetune_smollm2.py $(ARGS)
 test: lint  ## lint, the whole suite, and the conformance suite of the Triton kernels under Triton's interpreter
 	$(PYTEST) --require reference,cpu,cuda-emulated $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) --require triton $(ARGS)

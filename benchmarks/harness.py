@@ -1,6 +1,6 @@
-"""`python -m benchmarks.harness`: the report, plots and README block of the real run that is committed.
+"""`python -m benchmarks.harness`: the README block of the real run whose report.csv is committed.
 
-The run itself is `caref-harness run smollm2 --results benchmarks/results/harness`; it goes on where it stopped.
+The run itself is `caref-harness run smollm2 --results DIR`, its report `caref-harness report --results DIR`.
 Nothing is measured here, and no figure enters the README by hand.
 """
 
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from caref_kernels.harness.plots import write_plots
-from caref_kernels.harness.report import Study
-from caref_kernels.harness.results import Results
+from caref_kernels.harness.report import Study, read_report
 from caref_kernels.harness.summary import FEWEST_SPLITS, LEVEL, Difference, cell, values
 
 from .provenance import ROOT
@@ -24,14 +22,16 @@ COMPARED = ("accuracy",)  # the report has the others
 
 
 def main() -> None:
-    """Write report.md, report.csv and the plots beside the rows, and the block in the README."""
-    study = Study(Results(FOLDER).read()) if FOLDER.is_dir() else None
-    if study is not None and study.rows:
-        images = write_plots(study.rows, study.reading.rows, FOLDER)
-        (FOLDER / "report.md").write_text(study.markdown(images), encoding="utf-8")
-        (FOLDER / "report.csv").write_text(study.csv(), encoding="utf-8")
+    """Write the block in the README."""
+    study = committed()
     README.write_text(splice(README.read_text(encoding="utf-8"), block(study)), encoding="utf-8")
     sys.stdout.write(f"{0 if study is None else len(study.rows)} rows\n")
+
+
+def committed() -> Study | None:
+    """The run that is in this checkout."""
+    file = FOLDER / "report.csv"
+    return Study(read_report(file)) if file.is_file() else None
 
 
 def splice(text: str, inside: str) -> str:

@@ -8,21 +8,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from real_data import DATA, require_data
 
 from caref_kernels.harness import (
+    COS_E_VERSIONS,
     DATASETS,
     Example,
     embedded_examples,
     is_parsable,
     load,
     parse_answer,
-    sample_shots,
     source_text,
     target_text,
 )
 from caref_kernels.harness.reading import MAX_LINE_BYTES
-
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 QUESTIONS = [
     {
@@ -40,12 +39,12 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def write_cos_e(root: Path) -> Path:
+def write_cos_e(root: Path, version: str = "v1.0") -> Path:
     explanations = [
         {"id": q["id"], "explanation": {"open-ended": f"Reason {q['id']}", "selected": ""}} for q in QUESTIONS
     ]
-    write_lines(root / "v1.0/train_rand_split.jsonl", [json.dumps(q) for q in QUESTIONS])
-    return write_lines(root / "v1.0/cose_train_v1.0.jsonl", [json.dumps(e) for e in explanations])
+    write_lines(root / f"{version}/train_rand_split.jsonl", [json.dumps(q) for q in QUESTIONS])
+    return write_lines(root / f"{version}/cose_train_{version}.jsonl", [json.dumps(e) for e in explanations])
 
 
 def write_ecqa(root: Path) -> Path:
@@ -91,9 +90,13 @@ def write_esnli(root: Path) -> Path:
 WRITERS = {"cos_e": write_cos_e, "ecqa": write_ecqa, "comve": write_comve, "esnli": write_esnli}
 
 
-def test_cos_e_joins_its_questions(tmp_path: Path) -> None:
-    write_cos_e(tmp_path)
-    first, second = load("cos_e", tmp_path, "train")
+@pytest.mark.parametrize("version", COS_E_VERSIONS)
+def test_cos_e_joins_its_questions(tmp_path: Path, version: str) -> None:
+    write_cos_e(tmp_path, version)
+    first, second = load("cos_e", tmp_path, "train", version=version)
+    other = next(name for name in COS_E_VERSIONS if name != version)
+    with pytest.raises(FileNotFoundError, match=f"cos_e: no such file: .*cose_train_{other}"):
+        load("cos_e", tmp_path, "train", version=other)
     assert first == Example(
         "q0", ("Question 0?",), ("Option A", "Option B", "Option C"), 1, "Option B", ("Reason q0",), "train"
     )
@@ -262,37 +265,54 @@ def test_bad_arguments_give_the_choices(tmp_path: Path) -> None:
         embedded_examples("test")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real datasets are not beside the project")
 @pytest.mark.parametrize(
-    ("dataset", "split", "version", "count"),
+    ("dataset", "split", "uids"),
     [
-        ("cos_e", "train", "v1.0", 7610),
-        ("cos_e", "dev", "v1.0", 950),
-        ("cos_e", "train", "v1.11", 9741),
-        ("cos_e", "dev", "v1.11", 1221),
-        ("ecqa", "train", "v1.0", 7112),
-        ("ecqa", "dev", "v1.0", 479),
-        ("comve", "train", "v1.0", 10000),
-        ("comve", "dev", "v1.0", 997),
-        ("comve", "test", "v1.0", 1000),
-        ("esnli", "train", "v1.0", 988),
-        ("esnli", "dev", "v1.0", 1000),
+        ("comve", "dev", ["1363", "392", "540", "3", "560"]),
+        ("esnli", "train", ["7863808892.jpg#3r1e", "3268428191.jpg#0r1e", "1466440286.jpg#3r1e"]),
+        (
+            "esnli",
+            "dev",
+            ["2001867714.jpg#2r1c", "7700959654.jpg#4r1c", "3547524138.jpg#2r1n", "2892992529.jpg#0r1e"],
+        ),
     ],
 )
-def test_real_files_give_every_row(dataset: str, split: str, version: str, count: int) -> None:
-    examples = load(dataset, REAL, split, version=version)
-    assert len(examples) == len({example.uid for example in examples}) == count
+def test_official_files_give_every_row(dataset: str, split: str, uids: list[str]) -> None:
+    """Rows as their authors published them, with quotes, commas and references of their own."""
+    examples = load(dataset, require_data(DATA / dataset).parent, split)
+    assert [example.uid for example in examples] == uids
     assert all(example.choices[example.label] == example.label_text for example in examples)
-    if dataset == "cos_e":
-        assert {len(example.choices) for example in examples} == {3 if version == "v1.0" else 5}
+    assert {len(example.explanations) for example in examples} == {1 if split == "train" else 3}
+    if dataset == "esnli":
+        assert [example.label_text[0] for example in examples] == [uid[-1] for uid in uids]
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real datasets are not beside the project")
-def test_comve_label_order_on_the_real_false_sentences() -> None:
+def test_comve_label_order_on_the_official_false_sentences() -> None:
     """Subtask C repeats the nonsensical sentence: an independent witness of the label order."""
-    with (REAL / "comve/Dev_Data/subtaskC_dev_data.csv").open(encoding="utf-8", newline="") as file:
+    with require_data(DATA / "comve/Dev_Data/subtaskC_dev_data.csv").open(encoding="utf-8", newline="") as file:
         false = {row["id"]: row["FalseSent"].strip() for row in csv.DictReader(file)}
-    assert all(example.inputs[example.label] == false[example.uid] for example in load("comve", REAL, "dev"))
+    examples = load("comve", DATA, "dev")
+    assert {example.label for example in examples} == {0, 1}
+    assert all(example.inputs[example.label] == false[example.uid] for example in examples)
+
+
+def test_comve_test_split_has_its_own_names(tmp_path: Path) -> None:
+    (tmp_path / "Test Data").mkdir()
+    for path in (DATA / "comve" / "Dev_Data").glob("*.csv"):
+        (tmp_path / "Test Data" / path.name.replace("dev_data", "test_data")).write_bytes(path.read_bytes())
+    examples = load("comve", tmp_path, "test")
+    assert {example.split for example in examples} == {"test"}
+    assert [example.inputs for example in examples] == [example.inputs for example in load("comve", DATA, "dev")]
+
+
+def test_missing_data_are_a_failure_in_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_data(tmp_path) == tmp_path
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="missing test data: .*none"):
+        require_data(tmp_path / "none")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="missing test data"):
+        require_data(tmp_path / "none")
 
 
 def test_embedded_examples_are_whole_and_balanced() -> None:
@@ -368,23 +388,3 @@ def test_parsable_needs_label_and_reason(text: str, expected: bool) -> None:
 def test_every_target_is_parsable(dataset: str) -> None:
     example = {"comve": PAIR, "esnli": NLI}.get(dataset, QUESTION)
     assert is_parsable(target_text(dataset, example), example.choices)
-
-
-def test_samples_are_balanced_fixed_and_never_short() -> None:
-    pool = embedded_examples("train")
-    chosen = sample_shots("comve", pool, 16, 3)
-    assert chosen == sample_shots("comve", pool, 16, 3) != sample_shots("comve", pool, 16, 4)
-    assert Counter(example.label for example in chosen) == {0: 8, 1: 8}
-    assert len({example.uid for example in chosen}) == 16
-    # Whoever reads the labels in order would learn nothing from it.
-    assert [example.label for example in chosen] != sorted(example.label for example in chosen)
-    with pytest.raises(ValueError, match="comve with label 'choice1': 25 examples are needed; got 24"):
-        sample_shots("comve", pool, 50, 0)
-    with pytest.raises(ValueError, match="multiple of the 2 labels"):
-        sample_shots("comve", pool, 3, 0)
-    with pytest.raises(ValueError, match="cos_e: 49 examples are needed; got 48"):
-        sample_shots("cos_e", pool, 49, 0)
-    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
-        sample_shots("cos_e", pool, 0, 0)
-    with pytest.raises(ValueError, match="dataset must be one of"):
-        sample_shots("snli", pool, 1, 0)

@@ -1,9 +1,9 @@
-"""The demo from end to end on a tiny random model, and its parts: rows, kernel check, report, command line."""
+"""``make demo``, examples/finetune_smollm2.py, from end to end on a tiny random model, and its parts."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -11,26 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
-for module in ("gguf", "rich", "safetensors"):
+for module in ("accelerate", "gguf", "rich"):
     pytest.importorskip(module)
 
-from tiny_llama import CONTROL, save, tiny_tokenizer  # noqa: E402 - after the guards above
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from caref_kernels import backends  # noqa: E402
-from caref_kernels.demo import kernel_check, tour  # noqa: E402
-from caref_kernels.demo.__main__ import main  # noqa: E402
-from caref_kernels.demo.batches import BECAUSE, EXPLANATION, LABEL, check_tokens, collate, encode  # noqa: E402
-from caref_kernels.demo.report import Report, write  # noqa: E402
-from caref_kernels.demo.student import Student  # noqa: E402
-from caref_kernels.demo.training import schedule  # noqa: E402
-from caref_kernels.harness import embedded_examples  # noqa: E402
+import finetune_smollm2 as demo  # noqa: E402 - the folder of the recipes is no package
+import kernel_check  # noqa: E402
+from tiny_llama import save, tiny_tokenizer  # noqa: E402
+
+from caref_kernels.harness import Encoder, check_tokens, embedded_examples  # noqa: E402
+from caref_kernels.harness.models import Source, load_pretrained  # noqa: E402
 from caref_kernels.testing import check_identity, check_term  # noqa: E402
 
 # Without a compiled backend the demo runs on the reference, which says so.
 pytestmark = pytest.mark.filterwarnings("ignore:caref_kernels runs its plain-PyTorch reference:RuntimeWarning")
-COMPILED = backends.get("cpu").unsupported(torch.empty(1, 2)) is None
+SECTIONS = ("1. Backends", "2. Kernel check", "3. Held-out examples", "4. Time", "5. Accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -39,278 +37,260 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
-def small_settings(model: Path) -> tour.Settings:
-    return tour.Settings(model=model, shots=4, held_out=4, batch_size=2, generated=2, check_rows=16)
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, four held-out examples and as little of everything else."""
+    monkeypatch.setattr(demo, "SIZES", demo.Sizes(train=8, dev=4))
+    for name, value in (("ANSWERED", 2), ("NEW_TOKENS", 4), ("CHECKED_ROWS", 16)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(kernel_check, "_milliseconds", lambda function, logits, labels: 1.0)
 
 
-@pytest.fixture(scope="module")
-def small_report(tiny_model: Path) -> Report:
-    """A run of two steps."""
-    return tour.run(small_settings(tiny_model))
+def report(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    code = demo.main(arguments)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
 
 
-# --- tokens and rows ---------------------------------------------------------------------------------------------
+def figures(text: str) -> dict[str, list[float]]:
+    """The numbers of the three held-out rows: label NLL, explanation NLL, label entropy, ce, sced, kl."""
+    lines = [line.split() for line in text.splitlines()]
+    rows = [line for line in lines if len(line) == 8 and "/" in line[1]]
+    return {name: [float(cell) for cell in cells] for name, _, *cells in rows}
 
 
-def test_rows_predict_the_target_and_know_its_parts() -> None:
-    tokenizer = tiny_tokenizer()
-    items = [encode("comve", example, tokenizer) for example in embedded_examples("train")[:3]]
-    batch = collate(items)
-    assert set(batch.parts.tolist()) == {LABEL, BECAUSE, EXPLANATION}
-    for number, item in enumerate(items):
-        mine = batch.sequence == number
-        # A row at position t holds what the token at t + 1 is.
-        assert torch.equal(batch.input_ids[number, batch.position[mine] + 1], batch.labels[mine])
-        texts = [tokenizer.decode(batch.labels[mine & (batch.parts == part)]) for part in (LABEL, BECAUSE, EXPLANATION)]
-        explanation = item.example.explanations[0].lower()
-        assert texts == [f" {item.example.label_text}", " because", f" {explanation}{CONTROL[2]}"]
-        assert batch.attention_mask[number].sum() == len(item.prompt) + len(item.target)
-        assert tokenizer.decode(item.prompt).endswith("\nanswer:")
+# --- examples and rows -------------------------------------------------------------------------------------------
+
+
+def test_only_the_target_has_labels() -> None:
+    item = Encoder("comve", tiny_tokenizer(), causal=True)(embedded_examples("train")[0])
+    tokens = demo.tokens_of(item)
+    assert tokens["input_ids"] == [*item.prompt, *item.target]
+    assert tokens["labels"] == [-100] * len(item.prompt) + list(item.target)
+    assert tokens["attention_mask"] == [1] * len(tokens["input_ids"])
 
 
 def test_foreign_tokenizer_and_long_examples_are_refused() -> None:
-    items = [encode("comve", embedded_examples("train")[0], tiny_tokenizer())]
+    items = [Encoder("comve", tiny_tokenizer(), causal=True)(embedded_examples("train")[0])]
     with pytest.raises(ValueError, match=r"token \d+ is not below the model's 10 embeddings"):
         check_tokens(items, 10, 512)
     with pytest.raises(ValueError, match="at most 20 tokens fit into the model"):
         check_tokens(items, 512, 20)
 
 
-def test_padding_and_head_selection_change_no_row(tiny_model: Path) -> None:
-    student = Student.load(tiny_model, "tiny")
-    items = [encode("comve", example, student.tokenizer) for example in embedded_examples("train")[:3]]
-    batch = collate(items)
-    student.check_head(batch)
-    with torch.no_grad():
-        together = student.rows(batch)
-        alone = torch.cat([student.rows(collate([item])) for item in items])
+def test_target_rows_predict_the_labels_and_padding_changes_none(tiny_model: Path) -> None:
+    model = load_pretrained(Source(str(tiny_model), "tiny"))
+    encoder = Encoder("comve", tiny_tokenizer(), causal=True)
+    items = [encoder(example) for example in embedded_examples("train")[:3]]
+    collate = transformers.DataCollatorForSeq2Seq(encoder.tokenizer)
+    features = [demo.tokens_of(item) for item in items]
+    together, labels = kernel_check.target_rows(model, [collate(features)], 1000)
+    alone, _ = kernel_check.target_rows(model, (collate([feature]) for feature in features), 1000)
+    assert labels.tolist() == [token for item in items for token in item.target]
     check_identity(together, alone, "float32", "rows")
-
-
-def test_step_behind_the_head_is_noticed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = Student.load(tiny_model, "tiny")
-    forward = type(student.model).forward
-
-    def capped(self, **inputs):
-        output = forward(self, **inputs)
-        output.logits = output.logits * 0.5
-        return output
-
-    monkeypatch.setattr(type(student.model), "forward", capped)
-    with pytest.raises(ValueError, match="model_type 'llama' changes its logits behind the head"):
-        student.check_head(collate([encode("comve", embedded_examples("train")[0], student.tokenizer)]))
+    few, _ = kernel_check.target_rows(model, (collate([feature]) for feature in features), 5)
+    check_identity(few, alone[:5], "float32", "rows")
 
 
 def test_only_query_projections_are_trained(tiny_model: Path) -> None:
-    student = Student.load(tiny_model, "tiny")
-    trained = [name for name, parameter in student.model.named_parameters() if parameter.requires_grad]
-    assert trained == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    model = load_pretrained(Source(str(tiny_model), "tiny"))
+    trained = demo.freeze(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    assert len(trained) == 2
 
 
-def test_unsuitable_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*config\.json"):
-        Student.load(tmp_path, "none")
-    transformers.T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ValueError, match="must hold a causal language model; got model_type 't5'"):
-        Student.load(tmp_path / "t5", "t5")
-    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300, n_positions=32)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"model_type 'gpt2' has no parameter \*\.self_attn\.q_proj\.weight"):
-        Student.load(tmp_path / "gpt2", "gpt2")
-
-
-def test_learning_rate_rises_and_falls() -> None:
-    factors = [schedule(step, 12, 3) for step in range(1, 13)]
-    assert factors[:3] == [1 / 3, 2 / 3, 1.0]
-    assert all(a > b > 0 for a, b in zip(factors[2:], factors[3:], strict=False))
+def test_unsuitable_models_are_refused() -> None:
+    special = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+    gpt2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, **special)
+    sizes = {
+        f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    bart = transformers.BartConfig(d_model=16, pad_token_id=2, decoder_start_token_id=2, **sizes, **special)
+    for model in (transformers.GPT2LMHeadModel(gpt2), transformers.BartForConditionalGeneration(bart)):
+        with pytest.raises(ValueError, match=rf"--model must be a causal model .*; got {type(model).__name__}"):
+            demo.freeze(model)
 
 
 # --- the kernel check --------------------------------------------------------------------------------------------
 
 
+def random_rows(columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(16, columns, generator=generator, dtype=dtype)
+    return logits, torch.randint(0, columns, (16,), generator=generator)
+
+
 def test_plain_definition_agrees_with_the_package() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(16, 301, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 301, (16,), generator=generator)
-    check_term("loss", kernel_check.fused_loss(logits, labels), kernel_check.eager_loss(logits, labels))
+    rows = random_rows(301, torch.float64)
+    check_term("loss", kernel_check.fused(*rows), kernel_check.written_out(*rows))
 
 
-def test_kernel_check_measures_errors_and_bytes() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(16, 4096, generator=generator)
-    labels = torch.randint(0, 4096, (16,), generator=generator)
-    calls = []
-    result = kernel_check.check(logits, labels, lambda: calls.append(None))
-    assert (result.rows, result.columns, result.logits_bytes, len(calls)) == (16, 4096, 262144, 3)
-    eager, fused, plain = result.measured
-    assert [eager.name, fused.name, plain.name] == ["eager", "fused", "cross-entropy alone"]
+def test_kernel_check_measures_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(4096, torch.float32)
+    names = [line.split("  ")[1] for line in kernel_check.check(*rows)[1:4]]
+    assert names == ["written out", "caref_loss", "cross-entropy"]
+
+    def errors() -> list[float]:
+        return [float(cell) for cell in kernel_check.check(*rows)[2].split()[1:3]]
+
     # float32 cannot be exact, and an error of a tenth would mean that something else was computed.
-    assert 0 < fused.gradient_error < 0.1
-    assert 0 < eager.gradient_error < 0.1
-    assert plain.loss_error is None
-    # The gradient at least; eager keeps several tensors of that size.
-    assert result.logits_bytes <= min(fused.extra_bytes, eager.extra_bytes)
-    if COMPILED:
-        assert 2 * fused.extra_bytes < eager.extra_bytes
+    assert all(0 < error < 0.1 for error in errors())
+    wrong = lambda logits, labels: kernel_check.fused(logits, labels) * 1.5  # noqa: E731
+    monkeypatch.setitem(kernel_check.LOSSES, "caref_loss", wrong)
+    assert all(0.4 < error < 0.6 for error in errors())
 
 
-def test_extra_bytes_is_a_peak() -> None:
-    size = 1 << 20
+def test_the_share_of_the_loss_is_of_the_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
-    def one_after_the_other() -> None:
-        for _ in range(3):
-            torch.empty(size, dtype=torch.uint8)
+    def milliseconds(function, logits, labels) -> float:
+        calls.append((function, logits.shape, labels.tolist()))
+        return 50.0
 
-    def together() -> None:
-        held = [torch.empty(size, dtype=torch.uint8) for _ in range(3)]
-        held.clear()
-
-    assert size <= kernel_check.extra_bytes(one_after_the_other) < 2 * size
-    assert 3 * size <= kernel_check.extra_bytes(together) < 4 * size
+    monkeypatch.setattr(kernel_check, "_milliseconds", milliseconds)
+    model = load_pretrained(Source(str(tiny_model), "tiny"))
+    batch = {"input_ids": torch.arange(8).reshape(2, 4), "labels": torch.tensor([[-100, 1, 2, 3], [-100, -100, 6, 7]])}
+    lines = kernel_check.time_steps(model, batch, {"CAREF": 0.5})
+    assert "0.50 s per step, of which the loss takes 50.0 ms, 10.0 %" in lines[0]
+    assert "on the 8 rows of a batch, 5 with a label" in lines[1]
+    assert calls[0] == (kernel_check.caref_loss, (8, 261), [1, 2, 3, -100, -100, 6, 7, -100])
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
-def lines_fit(text: str) -> bool:
-    """Whether all lines but those of the backend table, which are not the demo's, have at most 120 characters."""
-    return all(len(line) <= 120 for line in text[text.index("\n2. ") :].splitlines())
-
-
-def test_report_has_its_sections_in_order(small_report: Report) -> None:
-    text = small_report.text()
-    marks = [
-        "1. Backends",
-        "caref_kernels backends for float32 logits on cpu",
-        "2. Kernel check on 16 rows of 261 logits",
-        "loss error",
-        "extra bytes",
-        "3. Held-out examples (4)",
-        "zero-step",
-        "CE ",
-        "CAREF ",
-        "4. Time",
-        "s per step, of which the fused loss",
-        "5. Accuracy",
-        "Accuracy on 4 examples means nothing",
-    ]
-    places = []
-    for mark in marks:
-        places.append(text.index(mark, places[-1] if places else 0))
-    assert lines_fit(text)
-    assert text.count("answers to held-out example") == 2
-
-
-def test_arms_start_alike_and_the_terms_add_up(small_report: Report, tiny_model: Path) -> None:
-    zero, plain, caref = (arm.evaluation for arm in small_report.arms)
-    assert [arm.name for arm in small_report.arms] == ["zero-step", "CE", "CAREF"]
-    assert len({zero.ce, plain.ce, caref.ce}) == 3
-    for row in (zero, plain, caref):
-        assert row.generated == len(row.answers) == 2
-        assert row.kl < np.log(261)
-        assert 0 < row.answer_entropy < np.log(261)
-    # A random model is nearly uniform over its 261 tokens.
-    assert abs(zero.ce - np.log(261)) < 0.2
-    assert [arm.timing and arm.timing.steps for arm in small_report.arms] == [None, 2, 2]
-
-
-def test_run_is_repeatable(small_report: Report, tiny_model: Path) -> None:
-    again = tour.run(small_settings(tiny_model))
-    assert [arm.evaluation for arm in again.arms] == [arm.evaluation for arm in small_report.arms]
-
-
-def test_training_lowers_the_loss(tiny_model: Path) -> None:
-    recipe = tour.Recipe(learning_rate=0.05)
-    settings = dataclasses.replace(small_settings(tiny_model), shots=16, recipe=recipe)
-    zero, plain, caref = (arm.evaluation for arm in tour.run(settings).arms)
-    assert plain.ce < zero.ce
-    assert caref.ce + 0.1 * caref.sced + 0.1 * caref.kl < zero.ce + 0.1 * zero.sced + 0.1 * zero.kl
-
-
-def test_diverging_training_stops(tiny_model: Path) -> None:
-    recipe = tour.Recipe(learning_rate=1e38)
-    with pytest.raises(FloatingPointError, match=r"step \d: the loss is (nan|inf)"):
-        tour.run(dataclasses.replace(small_settings(tiny_model), shots=16, recipe=recipe))
-
-
-def test_report_is_written_whole_as_text_or_json(small_report: Report, tmp_path: Path) -> None:
-    write(small_report, tmp_path / "report.txt")
-    assert (tmp_path / "report.txt").read_text(encoding="utf-8") == small_report.text()
-    write(small_report, tmp_path / "report.json")
-    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert content["arms"][2]["evaluation"]["ce"] == small_report.arms[2].evaluation.ce
-    broken = dataclasses.replace(small_report, total_seconds=float("nan"))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write(broken, tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == content
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.txt"]
-
-
-def test_generated_control_characters_stay_out_of_the_report(small_report: Report) -> None:
-    arm = small_report.arms[0]
-    evil = dataclasses.replace(arm.evaluation, answers=("\x1b[2Jchoice1 because\r\n\u202ea", "x" * 500))
-    text = dataclasses.replace(small_report, arms=(dataclasses.replace(arm, evaluation=evil),)).text()
-    assert "[2Jchoice1 because a" in text
-    assert all(character.isprintable() or character == "\n" for character in text)
-    assert lines_fit(text)
-
-
-def test_command_runs_the_whole_demo(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
-    threads = str(torch.get_num_threads())
+def test_report_has_its_sections_and_rows(small, tiny_model: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "report.txt"
-    assert main(["--model", str(tiny_model), "--seed", "1", "--threads", threads, "--out", str(out)]) == 0
-    output = capsys.readouterr()
-    assert output.out == out.read_text(encoding="utf-8")
-    assert "12 steps of 4" in output.out
-    assert "48 for training, 24 held out, seed 1" in output.out
-    assert "expected to finish in about" in output.err
+    text = report(["--model", str(tiny_model), "--seed", "1", "--out", str(out)], capsys)
+    assert text == out.read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
+    positions = [text.index(f"\n{section}") for section in SECTIONS]
+    assert positions == sorted(positions)
+    assert "tiny-llama, query projections trained (2,048 of 23,872 parameters)" in text
+    assert "8 for training, 4 held out, seed 1" in text
+    assert "2 steps of 4" in text
+    assert "caref_kernels backends for float32 logits on cpu" in text
+    assert "2. Kernel check on 16 rows of 261 logits" in text
+    assert text.endswith("Accuracy on 4 examples means nothing and is not shown: " + demo.NOTE.split(": ")[1] + "\n")
+    assert all(len(line) <= 120 for line in text.splitlines() if "not available" not in line)
+    rows = figures(text)
+    assert list(rows) == ["untrained", "cross-entropy", "CAREF"]
+    # A random model is nearly uniform over its 261 tokens.
+    assert all(abs(value - 5.56) < 0.2 for row in rows.values() for value in row[:4])
+    assert figures(report(["--model", str(tiny_model), "--seed", "1"], capsys)) == rows
+
+
+def test_training_lowers_each_loss(small, tiny_model: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the figures of the report; both runs begin with the same model, and differ."""
+    monkeypatch.setattr(demo, "SIZES", demo.Sizes(train=48, dev=24))
+    rows = figures(report(["--model", str(tiny_model), "--lr", "0.3"], capsys))
+    ce, sced, kl = (dict(zip(rows, column, strict=True)) for column in list(zip(*rows.values(), strict=True))[3:])
+    assert ce["cross-entropy"] < ce["untrained"]
+    loss = {name: ce[name] + 0.1 * sced[name] + 0.1 * kl[name] for name in rows}
+    assert loss["CAREF"] < loss["untrained"]
+
+
+def test_both_runs_start_from_the_same_values_and_batches(small, tiny_model: Path, monkeypatch) -> None:
+    seen = []
+
+    class Recorder(demo.Steps):
+        def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs) -> None:
+            queries = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+            seen.append((queries, args.seed, train_dataloader.dataset))
+
+    monkeypatch.setattr(demo, "Steps", Recorder)
+    demo.run(demo.parse(["--model", str(tiny_model), "--lr", "0.3"]), lambda what: None)
+    (first, seed, examples), (second, *others) = seen
+    assert [seed, examples] == others
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_diverging_training_stops(small, tiny_model: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SIZES", demo.Sizes(train=24, dev=4))
+    assert demo.main(["--model", str(tiny_model), "--lr", "1e38"]) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(r"finetune_smollm2: error: cross-entropy, step \d: the loss is (nan|inf)", line)
+
+
+def test_generated_control_characters_stay_out_of_the_report() -> None:
+    evil = "\x1b[2Jchoice1 because\r\n\u202ea"
+    lines = demo.row_lines({"CAREF": ("1/1", [0.0] * 6, "x", evil), "other": ("0/1", [0.0] * 6, "x", "x" * 500)})
+    assert lines[-2] == "    CAREF         [2Jchoice1 because a"
+    assert all(character.isprintable() for line in lines for character in line)
+    assert all(len(line) <= 120 for line in lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", "-1"], r"argument --seed: must be an integer in \[0, 4294967295\]; got '-1'"),
-        (["--seed", "x"], r"argument --seed: must be an integer in .*; got 'x'"),
-        (["--threads", "0"], r"argument --threads: must be an integer in \[1, 1024\]; got '0'"),
+        (["--seed", "-1"], r"--seed must be in \[0, 4294967295\]; got -1"),
+        (["--seed", "x"], r"argument --seed: invalid int value: 'x'"),
+        (["--threads", "0"], r"--threads must be in \[1, 1024\]; got 0"),
         (["--dataset", "snli", "--data", "."], r"argument --dataset: invalid choice: 'snli' \(choose from .*esnli"),
         (["--data", "."], "--data and --dataset belong together"),
         (["--dataset", "comve"], "--data and --dataset belong together"),
         (["--data", "no/such", "--dataset", "comve"], "--data: no such folder: no/such"),
         (["--model", "no/such"], "--model: no such folder: no/such"),
         (["--cos-e-version", "v2"], r"argument --cos-e-version: invalid choice: 'v2' \(choose from .*v1\.11"),
+        (["--out", "no/such/report.txt"], "--out: no such folder: .*no/such"),
     ],
 )
 def test_bad_arguments_are_named(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        demo.main(arguments)
     assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "no/such/report.txt"], "--out: no such folder: no/such"),
         (["--data", "{empty}", "--dataset", "esnli"], r"esnli: no such file: .*esnli_train_1\.csv"),
-        (["--model", "{empty}"], r"--model: no such file: .*config\.json"),
+        (["--model", "{empty}"], r"Unrecognized model in .*config\.json"),
     ],
 )
-def test_missing_files_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
-) -> None:
-    assert main([argument.replace("{empty}", str(tmp_path)) for argument in arguments]) == 2
+def test_missing_files_are_one_line(tmp_path: Path, capsys, arguments: list[str], message: str, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "smollm2", lambda: None)
+    assert demo.main([argument.replace("{empty}", str(tmp_path)) for argument in arguments]) == 2
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
 
 
-def test_demo_imports_only_the_public_interface() -> None:
-    """The rest of the package is reached through ``caref_kernels`` and ``caref_kernels.harness`` alone."""
-    folder = Path(tour.__file__).parent
-    imports = [
-        match[1]
-        for path in folder.glob("*.py")
-        for match in re.finditer(r"^ *(?:from|import) (\.\.\S*|caref_kernels\S*)", path.read_text(), re.MULTILINE)
-    ]
-    assert imports
-    assert set(imports) <= {"..", "..harness"}
+def test_an_interrupted_demo_keeps_the_older_report(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.txt").write_text("older", encoding="utf-8")
+
+    def interrupted(options, advance) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert demo.main(["--out", str(tmp_path / "report.txt")]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "finetune_smollm2: interrupted"
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["older"]
+
+
+def test_the_bar_counts_every_piece(small, tiny_model: Path) -> None:
+    pieces: list[str] = []
+    demo.run(demo.parse(["--model", str(tiny_model)]), pieces.append)
+    assert len(pieces) == len(demo.RUNS) * (demo.SIZES.train // demo.BATCH + 1) + 3
+    assert pieces[0] == "untrained: evaluation"
+    assert "CAREF: step 2 of 2" in pieces
+
+
+def test_recipes_import_the_public_interface() -> None:
+    """The package is reached through its public modules, and it imports no recipe."""
+    for name in ("finetune_smollm2", "kernel_check"):
+        tree = ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        ours = {name for name in modules if name.startswith("caref_kernels")}
+        assert "caref_kernels" in ours
+        assert all(re.fullmatch(r"caref_kernels(\.(harness|integrations)(\.\w+)?)?", name) for name in ours)
+    package = Path(importlib.util.find_spec("caref_kernels").submodule_search_locations[0])
+    outside = {path.stem for path in EXAMPLES.glob("*.py")} | {"examples", "tests", "benchmarks", "tools"}
+    for path in package.rglob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+        assert not imported & outside, path

@@ -138,5 +138,6 @@ def test_a_rank_without_labels_occurs():
 
 
 def test_every_recipe_is_run():
-    scripts = {path.stem for path in example_runs.EXAMPLES.glob("*.py")} - {"tiny", "finetune_smollm2"}
+    """Here, or in test_demo.py, which runs the last two of those that are left out."""
+    scripts = {path.stem for path in example_runs.EXAMPLES.glob("*.py")} - {"tiny", "finetune_smollm2", "kernel_check"}
     assert scripts == {recipe.split()[0] for recipe in example_runs.WORLDS}

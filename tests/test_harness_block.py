@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-for name in ("matplotlib", "filelock"):
-    pytest.importorskip(name)
+pytest.importorskip("filelock")
 
-from benchmarks.harness import BEGIN, END, FOLDER, README, Study, block, splice  # noqa: E402
-from caref_kernels.harness.results import Reading, Results  # noqa: E402
+from benchmarks.harness import BEGIN, END, README, Study, block, committed, splice  # noqa: E402
+from caref_kernels.harness.results import Reading  # noqa: E402
 
 
 def rows(variant: str, figures: list[float]) -> list[dict]:
@@ -44,5 +43,4 @@ def test_splice_needs_one_pair_of_markers() -> None:
 
 def test_the_readme_is_what_the_rows_say() -> None:
     text = README.read_text(encoding="utf-8")
-    study = Study(Results(FOLDER).read()) if FOLDER.is_dir() else None
-    assert splice(text, block(study)) == text
+    assert splice(text, block(committed())) == text

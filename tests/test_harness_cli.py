@@ -1,4 +1,4 @@
-"""The command line, in processes of its own where that matters; shards and Ray."""
+"""The command line, in processes of its own where that matters, and shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +20,7 @@ from tiny_experiments import EXAMPLES, save_model  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from caref_kernels.harness import __main__ as command  # noqa: E402
-from caref_kernels.harness import engines  # noqa: E402
-from caref_kernels.harness.engines import Shard  # noqa: E402
-from caref_kernels.harness.results import Results  # noqa: E402
+from caref_kernels.harness.results import Results, Shard  # noqa: E402
 from caref_kernels.harness.runs import DeviceLostError  # noqa: E402
 from caref_kernels.harness.settings import Settings  # noqa: E402
 
@@ -76,10 +73,14 @@ def test_run_report_table_and_grid(config: Path, tmp_path: Path) -> None:
     assert "6 finished, 2 there already" in done.stdout
     done = invoke("report", "--results", folder, "--expect", "2", "--strict")
     assert done.exit_code == 0, done.output
-    assert {"report.md", "report.csv", "parameters.svg", "terms.svg", "grid-comve-CAREF-AQ.svg"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert "CAREF-AQ on ComVE, accuracy by exponents" in (folder / "report.md").read_text(encoding="utf-8")
     assert "CAREF-AQ minus CE-AQ" in (folder / "report.md").read_text(encoding="utf-8")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "report.csv").write_bytes((folder / "report.csv").read_bytes())
+    printed = [invoke("table", "--results", place).stdout for place in (folder, kept)]
+    assert printed[0] == printed[1]
+    assert "CAREF-AQ" in printed[0]
     done = invoke("table", "--results", folder, "--strict")
     assert done.exit_code == 1
     assert "incomplete: comve CAREF-AQ: 2/60 splits" in done.output
@@ -111,13 +112,9 @@ def test_params_prints_the_papers_percentages() -> None:
         (["grid", "{config}", "--results", "{out}", "--alphas", "0.5"], r"alpha must be in \[1, 16\]"),
         (["report", "--results", "{out}/none"], "--results: no such folder"),
         (["params", "--model", "no/model"], "must be a folder with a config.json"),
-        (["run", "{config}", "--results", "{out}", "--ray", "2"], "pip install 'caref_kernels.ray.'"),
     ],
 )
-def test_errors_are_one_line(
-    arguments: list[str], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+def test_errors_are_one_line(arguments: list[str], message: str, config: Path, tmp_path: Path) -> None:
     done = invoke(*(text.format(config=config, out=tmp_path / "out") for text in arguments))
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.strip().splitlines()
@@ -188,26 +185,6 @@ def test_shards_are_disjoint_and_whole() -> None:
     for text in ("8/8", "3", "-1/2", "a/b", "1/0", ""):
         with pytest.raises(ValueError, match="shard must be index/count"):
             Shard.parse(text)
-
-
-def test_ray_gets_a_shard_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Only the hand-over: Ray itself is not a dependency of the tests."""
-    calls = []
-
-    def remote(**options):
-        calls.append(options)
-        return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
-
-    fake = SimpleNamespace(
-        init=lambda **options: calls.append(options),
-        is_initialized=lambda: False,
-        remote=remote,
-        get=lambda tasks: [f"{len(arguments[1])} jobs" for _, arguments in tasks],
-    )
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    jobs = Settings().jobs()[:10]
-    assert engines.run_on_ray(Settings(), jobs, tmp_path, 4, 0.5) == ["3 jobs", "3 jobs", "2 jobs", "2 jobs"]
-    assert {"num_gpus": 0.5, "max_retries": 3} in calls
 
 
 def test_missing_packages_are_named() -> None:

@@ -16,7 +16,8 @@ pytest.importorskip("torchmetrics")
 import tiny_llama  # noqa: E402
 from tiny_experiments import KINDS, save_model  # noqa: E402
 
-from caref_kernels.harness import BECAUSE, EXPLANATION, LABEL, Encoder, Example, embedded_examples  # noqa: E402
+from caref_kernels.harness import Encoder, Example, embedded_examples  # noqa: E402
+from caref_kernels.harness.encoding import BECAUSE, EXPLANATION, LABEL  # noqa: E402
 from caref_kernels.harness.evaluation import Evaluator, support  # noqa: E402
 from caref_kernels.harness.metrics import calibration  # noqa: E402
 from caref_kernels.testing import check_identity  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import sys
@@ -17,9 +18,6 @@ from caref_kernels.harness import DATASETS, Example, embedded_examples, load
 from caref_kernels.harness.hub import load_hub
 from caref_kernels.harness.protocol import SEEDS, Sizes, feb_split
 from caref_kernels.harness.settings import Settings, read_settings
-
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real datasets are not beside the project")
 
 
 def examples(dataset: str, count: int, split: str = "train") -> list[Example]:
@@ -90,7 +88,7 @@ def test_esnli_and_cos_e_draw_as_datasets_shuffle_does() -> None:
     assert expected != [shot.example.uid for shot in feb_split("esnli", train, train, SEEDS[3], Sizes(48, 30)).train]
 
 
-def test_a_split_depends_on_seed_and_content_alone(tmp_path: Path) -> None:
+def test_a_split_depends_on_seed_and_content_alone() -> None:
     train, dev = examples("comve", 100), examples("comve", 400, "dev")
     before = random.getstate(), np.random.get_state()[1].tolist()
     one = feb_split("comve", train, dev, 51)
@@ -99,14 +97,6 @@ def test_a_split_depends_on_seed_and_content_alone(tmp_path: Path) -> None:
     assert one.hash != feb_split("comve", train, dev, 52).hash
     reworded = [dataclasses.replace(example, explanations=("r1", "r2", "other")) for example in train]
     assert one.hash != feb_split("comve", reworded, dev, 51).hash
-    path = one.save(tmp_path)
-    ids = json.loads(path.read_text(encoding="utf-8"))
-    assert ids["dev"] == [example.uid for example in one.dev]
-    assert ids["hash"] == one.hash
-    one.save(tmp_path)
-    path.write_text(path.read_text(encoding="utf-8").replace(one.hash, "0" * 64), encoding="utf-8")
-    with pytest.raises(ValueError, match="holds another split of this dataset and seed"):
-        one.save(tmp_path)
 
 
 def test_never_fewer_examples() -> None:
@@ -122,50 +112,37 @@ def test_never_fewer_examples() -> None:
         feb_split("snli", [], [], 1)
 
 
-@needs_data
-@pytest.mark.parametrize(
-    ("dataset", "dev", "first"),
-    [
-        ("cos_e", 350, "33f69daefbf9facb"),
-        ("ecqa", 350, "d0638391982e2b7d"),
-        ("comve", 350, "32c11fd1a5028990"),
-        ("esnli", 348, "52e1e424b30dd809"),
-    ],
-)
-def test_all_sixty_splits_of_the_real_files(dataset: str, dev: int, first: str) -> None:
-    train_set, dev_set = (load(dataset, REAL, name) for name in ("train", "dev"))
-    splits = [feb_split(dataset, train_set, dev_set, seed) for seed in SEEDS]
-    assert {(len(split.train), len(split.dev)) for split in splits} == {(48, dev)}
-    assert len({split.hash for split in splits}) == 60
-    assert splits[0].hash.startswith(first)
+# How many examples of each label the official files have (for e-SNLI two subsets), and sha256 of the positions
+# that were drawn from them, within their label where a dataset is drawn by label.
+OFFICIAL = {
+    "cos_e": ([7610], [950], "70d3daa4b29080ad199fc586f2e45410e3d81146fdcba597d21fe69d3d8149f5"),
+    "ecqa": ([7112], [479], "4cacf2c46093df00fd79ae25c114934b45a16d7c804fae6ce6fc1a3821ef9d61"),
+    "comve": ([4979, 5021], [518, 479], "8e0775f77582e0e9b177406d03ffbdd8ad25bab40311b5aae48f790110da8c7d"),
+    "esnli": ([336, 336, 316], [345, 340, 315], "dd6c11cba898a64e774d3c03b50ec9ca5c4b1046e2fb3a5ea36718b348c2b5c6"),
+}
 
 
-def test_skip_bad_counts_and_reports(tmp_path: Path) -> None:
-    lines = ['{"question": "?", "choices": ["a", "b"], "answer": "b", "explanation": "so"}'] * 3
-    lines[1:1] = ["{", '{"question": "?", "choices": ["a"], "answer": "z", "explanation": "so"}']
-    (tmp_path / "ecqa_train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    notes: list[str] = []
-    assert len(load("ecqa", tmp_path, "train", skip_bad=2, note=notes.append)) == 3
-    assert [note.split(": ", 1)[1].split(":")[1] for note in notes] == ["2", "3"]
-    with pytest.raises(ValueError, match=r"jsonl:3: answer: expected one of 'a'; got 'z'"):
-        load("ecqa", tmp_path, "train", skip_bad=1, note=notes.append)
-    long = lines[:1] + ["x" * ((1 << 20) + 5)] + lines[-1:]
-    (tmp_path / "ecqa_train.jsonl").write_text("\n".join(long) + "\n", encoding="utf-8")
-    assert len(load("ecqa", tmp_path, "train", skip_bad=1, note=notes.append)) == 2
-
-
-def test_skip_bad_leaves_out_a_whole_pair(tmp_path: Path) -> None:
-    """A bad sentence pair also costs its label and its reasons, each of which is counted."""
-    folder = tmp_path / "Training_Data"
-    folder.mkdir()
-    (folder / "subtaskA_data_all.csv").write_text("id,sent0,sent1\n7,a\n8,b,c\n", encoding="utf-8")
-    (folder / "subtaskA_answers_all.csv").write_text("7,0\n8,1\n", encoding="utf-8")
-    (folder / "subtaskC_answers_all.csv").write_text("7,x,y,z\n8,x,y,z\n", encoding="utf-8")
-    notes: list[str] = []
-    assert [e.uid for e in load("comve", tmp_path, "train", skip_bad=3, note=notes.append)] == ["8"]
-    assert len(notes) == 3
-    with pytest.raises(ValueError, match=r"subtaskC_answers_all\.csv:1: id: '7' is not in"):
-        load("comve", tmp_path, "train", skip_bad=2, note=notes.append)
+@pytest.mark.parametrize("dataset", OFFICIAL)
+def test_all_sixty_splits_of_the_official_sizes(dataset: str) -> None:
+    """The draws depend on the sizes and labels of the files alone, so examples of these sizes stand for them."""
+    *sizes, expected = OFFICIAL[dataset]
+    pools, positions = [], {}
+    for split, counts in zip(("train", "dev"), sizes, strict=True):
+        pools.append([])
+        for label, position in ((label, n) for label, count in enumerate(counts) for n in range(count)):
+            uid = f"{split}-{label}-{position}"
+            positions[uid] = [label, position]
+            names, reasons = DATASETS[dataset].labels or ("a",), ("r1", "r2", "r3") if dataset == "comve" else ("r1",)
+            pools[-1].append(Example(uid, ("x", "y"), names, label, names[label], reasons, split))
+    digest, hashes = hashlib.sha256(), set()
+    for seed in SEEDS:
+        split = feb_split(dataset, *pools, seed)
+        assert (len(split.train), len(split.dev)) == (48, 348 if dataset == "esnli" else 350)
+        hashes.add(split.hash)
+        shots = [[*positions[shot.example.uid], shot.explanation] for shot in split.train]
+        digest.update(json.dumps([shots, [positions[example.uid] for example in split.dev]]).encode())
+    assert len(hashes) == 60
+    assert digest.hexdigest() == expected
 
 
 # -------------------------------------------------------------------------------------------------- hub copies

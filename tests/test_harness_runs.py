@@ -282,21 +282,28 @@ def test_too_little_disk_is_seen_before_training(model, tmp_path: Path, monkeypa
     assert "the checkpoints need 73728 bytes; 1000 are free" in watch.notes[0]
 
 
-def test_bad_records_are_counted_in_the_row(model, tmp_path: Path) -> None:
+def test_a_bad_record_fails_its_jobs(model, tmp_path: Path) -> None:
     data = shutil.copytree(EXAMPLES, tmp_path / "data")
     path = data / "comve" / "Training_Data" / "subtaskA_answers_all.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[0] = lines[0].split(",")[0] + ",7"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = tiny_settings(model["llama"], data=str(data), variants=("ZERO-STEP",))
-    tally, _ = run(settings, tmp_path / "a")
-    assert len(tally.failed) == 1
     watch = Listener()
-    _, rows = run(
-        tiny_settings(model["llama"], data=str(data), variants=("ZERO-STEP",), skip_bad=3), tmp_path / "b", watch
-    )
-    (row,) = rows.values()
-    assert (row["left_out"], row["protocol"], len(watch.notes)) == (3, "changed sizes or data", 3)
+    tally, rows = run(tiny_settings(model["llama"], data=str(data), variants=("ZERO-STEP",)), tmp_path / "a", watch)
+    assert (len(tally.failed), rows) == (1, {})
+    assert "subtaskA_answers_all.csv:1: label: expected one of '0', '1'; got '7'" in watch.notes[0]
+
+
+def test_changed_data_are_noticed(model, tmp_path: Path) -> None:
+    data = shutil.copytree(EXAMPLES, tmp_path / "data")
+    options = {"data": str(data), "splits": (0, 1)}
+    run(tiny_settings(model["llama"], variants=("ZERO-STEP",), **options), tmp_path / "results")
+    for path in (data / "comve").rglob("subtaskC_*answers*.csv"):
+        path.write_text(path.read_text(encoding="utf-8").replace(".", "!"), encoding="utf-8")
+    watch = Listener()
+    tally, rows = run(tiny_settings(model["llama"], **options), tmp_path / "results", watch)
+    assert (len(tally.failed), len(rows)) == (1, 1)
+    assert "comve: other examples than in the finished runs; the data files have changed" in watch.notes[0]
 
 
 def test_bf16_trains_and_evaluates(model, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ ARROWS: dict[str, set[str]] = {
     "sparsity.py": set(),
     "testing": {"config", "functional", "objective", "sparsity"},
 }
-PUBLIC_ONLY = ("demo", "harness", "integrations")
+PUBLIC_ONLY = ("harness", "integrations")
 NOT_IN_THE_PACKAGE = {"benchmarks", "examples", "tests", "tools"}
 
 
@@ -205,7 +205,7 @@ def _imports(path: Path) -> set[str]:
 def _module(path: Path) -> str:
     """The key of a file in ``ARROWS``: its path, or the folder of the parts that use public names alone."""
     inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if inside.parts[0] in (*PUBLIC_ONLY, "testing", "gpucheck") else inside.as_posix()
+    return inside.parts[0] if inside.parts[0] in (*PUBLIC_ONLY, "testing") else inside.as_posix()
 
 
 def _internal(path: Path) -> set[str]:

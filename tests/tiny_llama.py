@@ -10,12 +10,23 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from caref_kernels.demo import smollm2
-
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("h", "e"), ("Ġ", "t")]
 VOCABULARY = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
 HEADS, KV_HEADS = 4, 2
+# llama.cpp's names, and those of transformers.
+GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def tiny_config(**options) -> transformers.LlamaConfig:
@@ -60,10 +71,10 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, model: transformers.LlamaForCausalLM, architecture: str = "llama") -> None:
-    """The tiny model as llama.cpp would convert it, unquantised."""
+def write_gguf(path: Path, model: transformers.LlamaForCausalLM) -> None:
+    """Write the tiny model as llama.cpp would convert it, unquantised."""
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -82,14 +93,13 @@ def write_gguf(path: Path, model: transformers.LlamaForCausalLM, architecture: s
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    state = model.state_dict()
-    names = ["token_embd.weight", "output_norm.weight"]
-    parts = "attn_norm ffn_norm attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
-    names += [f"blk.{layer}.{part}.weight" for layer in range(config.num_hidden_layers) for part in parts]
-    for name in names:
-        value = state[smollm2.tensor_name(name)].numpy()
-        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-2])
-        writer.add_tensor(name, permute(value, heads) if heads else value)
+    state, names = model.state_dict(), dict(GGUF_NAMES)
+    for layer in range(config.num_hidden_layers):
+        names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{own}" for name, own in LAYER_NAMES.items()}
+    for name, own in names.items():
+        value = state[f"{own}.weight"].numpy()
+        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-1])
+        writer.add_tensor(f"{name}.weight", permute(value, heads) if heads else value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,18 +6,12 @@ What is exported here needs the standard library only; everything else is import
 """
 
 from .data import COS_E_VERSIONS, DATASETS, Example, embedded_examples, load
-from .encoding import BECAUSE, EXPLANATION, LABEL, Encoded, Encoder, check_tokens
-from .formats import Answer, is_parsable, parse_answer, source_text, target_text
-from .sampling import sample_shots
+from .encoding import Encoder, check_tokens
+from .formats import is_parsable, parse_answer, source_text, target_text
 
 __all__ = [
-    "BECAUSE",
     "COS_E_VERSIONS",
     "DATASETS",
-    "EXPLANATION",
-    "LABEL",
-    "Answer",
-    "Encoded",
     "Encoder",
     "Example",
     "check_tokens",
@@ -25,7 +19,6 @@ __all__ = [
     "is_parsable",
     "load",
     "parse_answer",
-    "sample_shots",
     "source_text",
     "target_text",
 ]

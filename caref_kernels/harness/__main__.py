@@ -18,7 +18,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from .report import Study
-    from .results import Job, Results
     from .settings import Settings
 
 _EXPECTED = (ValueError, OSError, ImportError)
@@ -30,8 +29,6 @@ Config = Annotated[Path, typer.Argument(help="YAML file of the experiment, or fl
 Folder = Annotated[Path, typer.Option("--results", help="folder of the results; several processes may share it")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="option=value, on top of the file; repeatable")]
 Part = Annotated[str, typer.Option("--shard", help="index/count: only this part of the runs, counted from 0")]
-Ray = Annotated[int, typer.Option("--ray", help="give the runs to this many Ray tasks; 0: run them here", min=0)]
-Gpus = Annotated[float, typer.Option("--gpus", help="GPUs of each Ray task", min=0.0)]
 Alpha = Annotated[float, typer.Option(help="exponent of the rows to report")]
 Beta = Annotated[float, typer.Option(help="exponent of the rows to report")]
 Expect = Annotated[int, typer.Option(help="splits that make a cell complete", min=1)]
@@ -56,16 +53,16 @@ def _one_line(command: Callable) -> Callable:
 
 @app.command()
 @_one_line
-def run(config: Config, results: Folder, set_: Set = None, shard: Part = "0/1", ray: Ray = 0, gpus: Gpus = 1.0) -> None:
+def run(config: Config, results: Folder, set_: Set = None, shard: Part = "0/1") -> None:
     """Run what has no result yet; runs that failed before are left alone."""
-    _execute(_settings(config, set_), results, shard, (ray, gpus))
+    _execute(_settings(config, set_), results, shard)
 
 
 @app.command()
 @_one_line
 def resume(config: Config, results: Folder, set_: Set = None, shard: Part = "0/1") -> None:
     """As run, and try again what failed."""
-    _execute(_settings(config, set_), results, shard, (0, 0.0), retry_failed=True)
+    _execute(_settings(config, set_), results, shard, retry_failed=True)
 
 
 @app.command()
@@ -81,7 +78,7 @@ def grid(
     """Run every combination of alpha and beta (by default the official code's grid)."""
     settings = _settings(config, set_)
     exponents = tuple(tuple(_number(part) for part in text.split(",")) for text in (alphas, betas))
-    _execute(settings, results, shard, (0, 0.0), exponents=exponents)
+    _execute(settings, results, shard, exponents=exponents)
 
 
 @app.command()
@@ -94,17 +91,15 @@ def report(
     expect: Expect = 60,
     strict: Strict = False,
 ) -> None:
-    """Write report.md, report.csv and the plots."""
-    from .plots import write_plots
+    """Write report.md and report.csv; from report.csv alone where the rows themselves are not kept."""
     from .results import write_atomically
 
     study = _study(results, alpha, beta, expect)
     folder = results if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
-    images = write_plots(study.rows, study.reading.rows, folder)
-    write_atomically(folder / "report.md", study.markdown(images))
+    write_atomically(folder / "report.md", study.markdown())
     write_atomically(folder / "report.csv", study.csv())
-    sys.stdout.write(f"{folder / 'report.md'}: {len(study.rows)} rows, {len(images)} plots\n")
+    sys.stdout.write(f"{folder / 'report.md'}: {len(study.rows)} rows\n")
     _check_complete(study, strict)
 
 
@@ -155,31 +150,15 @@ def _number(text: str) -> float:
 
 
 def _execute(
-    settings: Settings,
-    folder: Path,
-    shard: str,
-    ray: tuple[int, float],
-    *,
-    exponents: tuple = ((), ()),
-    retry_failed: bool = False,
+    settings: Settings, folder: Path, shard: str, *, exponents: tuple = ((), ()), retry_failed: bool = False
 ) -> None:
-    from .engines import Shard, run_on_ray
-    from .results import Results
-
-    jobs = Shard.parse(shard).of(settings.jobs(*exponents))
-    if ray[0]:
-        for line in run_on_ray(settings, jobs, folder, *ray):
-            sys.stdout.write(f"{line}\n")
-        return
-    _run_here(settings, jobs, Results(folder), retry_failed)
-
-
-def _run_here(settings: Settings, jobs: list[Job], results: Results, retry_failed: bool) -> None:
     from transformers.utils import logging
 
     from .console import ConsoleWatch
+    from .results import Results, Shard
     from .runs import DeviceLostError, run_jobs
 
+    jobs, results = Shard.parse(shard).of(settings.jobs(*exponents)), Results(folder)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with ConsoleWatch(len(jobs)) as watch:
@@ -200,12 +179,14 @@ def _run_here(settings: Settings, jobs: list[Job], results: Results, retry_faile
 
 
 def _study(folder: Path, alpha: float, beta: float, expect: int) -> Study:
-    from .report import Study
+    from .report import Study, read_report
     from .results import Results
 
     if not folder.is_dir():
         raise FileNotFoundError(f"--results: no such folder: {folder}")
-    return Study(Results(folder).read(), alpha, beta, expect)
+    results = Results(folder)
+    has_rows = results.file.is_file() or not (folder / "report.csv").is_file()
+    return Study(results.read() if has_rows else read_report(folder / "report.csv"), alpha, beta, expect)
 
 
 def _check_complete(study: Study, strict: bool) -> None:

@@ -9,14 +9,13 @@ in each of the others.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
-from .reading import Record, by_key, read_csv, read_jsonl, skipping
+from .reading import Record, by_key, read_csv, read_jsonl
 
 SPLITS = ("train", "dev", "test")
 COS_E_VERSIONS = ("v1.0", "v1.11")
@@ -49,15 +48,7 @@ class Dataset:
     labels: tuple[str, ...] = ()
 
 
-def load(
-    dataset: str,
-    folder: str | Path,
-    split: str,
-    *,
-    version: str = COS_E_VERSIONS[0],
-    skip_bad: int = 0,
-    note: Callable[[str], None] = warnings.warn,
-) -> list[Example]:
+def load(dataset: str, folder: str | Path, split: str, *, version: str = COS_E_VERSIONS[0]) -> list[Example]:
     """All examples of a split, in file order.
 
     Args:
@@ -65,7 +56,6 @@ def load(
         folder: the dataset's own folder, or one that holds it under the name of the dataset.
         split: ``"train"``, ``"dev"`` (what the dataset may call validation), or ``"test"`` where it has explanations.
         version: of COS-E, ``"v1.0"`` (three choices; what FEB used) or ``"v1.11"`` (five); the others ignore it.
-        skip_bad: how many records that cannot be used may be left out; ``note`` is told about each.
     Raises:
         FileNotFoundError: a file is not there; the message lists the places that were tried.
         ValueError: an unknown dataset, split or version; or a line of a file that cannot be read (file:line: field).
@@ -79,7 +69,7 @@ def load(
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
-    return skipping(lambda: DATASETS[dataset].read(root, split, version), skip_bad, note)
+    return DATASETS[dataset].read(root, split, version)
 
 
 def embedded_examples(split: str) -> list[Example]:

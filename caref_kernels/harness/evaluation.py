@@ -34,7 +34,7 @@ class Evaluator:
     model: Any
     encoder: Encoder
     batch_size: int
-    after_batch: Callable[[], None]
+    after_batch: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Example], new_tokens: int) -> list[str]:

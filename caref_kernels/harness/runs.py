@@ -8,8 +8,8 @@ import platform
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -87,18 +87,17 @@ def run_jobs(
     """
     results.bind(settings.decisive())
     tally = Tally()
-    with ExitStack() as stack:
-        bench = Workbench(settings, results, watch, stack)
-        for job in jobs:
-            if watch.stop():
-                tally.stopped = True
-                break
-            try:
-                _take(job, bench, tally, retry_failed)
-                watch.done()
-            except Stopped:
-                tally.stopped = True
-                break
+    bench = Workbench(settings, results, watch)
+    for job in jobs:
+        if watch.stop():
+            tally.stopped = True
+            break
+        try:
+            _take(job, bench, tally, retry_failed)
+            watch.done()
+        except Stopped:
+            tally.stopped = True
+            break
     return tally
 
 
@@ -139,14 +138,14 @@ def _take(job: Job, bench: Workbench, tally: Tally, retry_failed: bool) -> None:
 class Workbench:
     """What jobs share: the model's place, tokenizer, scorer and data, each loaded when a job first needs it."""
 
-    def __init__(self, settings: Settings, results: Results, watch: Watch, stack: ExitStack) -> None:
+    def __init__(self, settings: Settings, results: Results, watch: Watch) -> None:
         self.settings, self.results, self.watch = settings, results, watch
         self.device = device_name(settings.device)
-        self.source = models.locate(settings, stack, watch.note)
+        self.source = models.locate(settings)
         self.config = models.load_config(self.source)
         self.tokenizer = models.load_tokenizer(self.source)
         self.scorer: Scorer | None = load_scorer(settings.scorer, device=self.device, download=settings.download)
-        self._data: dict[str, tuple[list[Example], list[Example], list[str]]] = {}
+        self._data: dict[str, list[list[Example]]] = {}
 
     def run(self, job: Job) -> None:
         """Train and evaluate ``job`` and add its row.
@@ -155,8 +154,10 @@ class Workbench:
             Stopped: somebody asked for it; the checkpoint of the last step is written.
         """
         started = time.time()
-        split, skipped = self.split(job)
-        split.save(self.results.path("splits", "ids").parent)
+        split = self.split(job)
+        rows = self.results.read().rows
+        if any((row["dataset"], row["seed"]) == (job.dataset, job.seed) and row["split"] != split.hash for row in rows):
+            raise ValueError(f"{job.dataset}: other examples than in the finished runs; the data files have changed")
         encoder = self.encoder(job.dataset)
         items = [encoder(shot.example, shot.explanation) for shot in split.train]
         store = CheckpointStore(self.results.path("work", job.name), self._identity(job, split))
@@ -169,7 +170,7 @@ class Workbench:
         row = {
             "run": job.name,
             **job._asdict(),
-            **self._origin(split, skipped),
+            **self._origin(split),
             "trained": trained,
             "parameters": total,
             "percent": 100 * trained / total,
@@ -185,22 +186,19 @@ class Workbench:
         self.results.append(row)
         store.clear()
 
-    def split(self, job: Job) -> tuple[Split, list[str]]:
-        """The job's split, and the complaints about records of its dataset that were left out."""
+    def split(self, job: Job) -> Split:
+        """The examples that the job trains and is evaluated on."""
         settings = self.settings
         if job.dataset not in self._data:
-            skipped: list[str] = []
+            parts = ("train", "dev")
             if job.dataset in settings.hub:
-                from .hub import load_hub as read
+                from .hub import load_hub
+
+                self._data[job.dataset] = [load_hub(job.dataset, part, settings.cos_e_version) for part in parts]
             else:
-                read = _local(settings, skipped.append)
-            parts = [read(job.dataset, name, settings.cos_e_version) for name in ("train", "dev")]
-            for complaint in skipped:
-                self.watch.note(complaint)
-            self._data[job.dataset] = (parts[0], parts[1], skipped)
-        train_set, dev_set, skipped = self._data[job.dataset]
-        sizes = Sizes(settings.train_size, settings.dev_size)
-        return feb_split(job.dataset, train_set, dev_set, job.seed, sizes), skipped
+                options = {"version": settings.cos_e_version}
+                self._data[job.dataset] = [load(job.dataset, settings.data, part, **options) for part in parts]
+        return feb_split(job.dataset, *self._data[job.dataset], job.seed, Sizes(settings.train_size, settings.dev_size))
 
     def encoder(self, dataset: str) -> Encoder:
         """How the dataset's examples become tokens."""
@@ -268,16 +266,15 @@ class Workbench:
             "tokenizer": models.tokenizer_hash(self.tokenizer),
         }
 
-    def _origin(self, split: Split, skipped: list[str]) -> dict[str, Any]:
+    def _origin(self, split: Split) -> dict[str, Any]:
         """What a row came from, by an allow-list: no environment, no path, no host."""
         return {
             "model": self.source.name,
             "revision": getattr(self.config, "_commit_hash", None),
-            "protocol": "FEB" if self.settings.is_feb and not skipped else "changed sizes or data",
+            "protocol": "FEB" if self.settings.is_feb else "changed sizes",
             "train_size": len(split.train),
             "dev_size": len(split.dev),
             "split": split.hash,
-            "left_out": len(skipped),
             "settings": self.settings.hash(),
             "tokenizer": models.tokenizer_hash(self.tokenizer),
             "scorer": None if self.scorer is None else self.scorer.name,
@@ -320,14 +317,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return known
-
-
-def _local(settings: Settings, complain: Callable[[str], None]) -> Callable[[str, str, str], list[Example]]:
-    def read(dataset: str, split: str, cos_e_version: str) -> list[Example]:
-        limit = settings.skip_bad
-        return load(dataset, settings.data, split, version=cos_e_version, skip_bad=limit, note=complain)
-
-    return read
 
 
 def _require_space(folder: Path, trained: int) -> None:

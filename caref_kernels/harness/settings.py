@@ -51,7 +51,6 @@ class Settings:
         max_new_tokens: of a generated answer; ``eval_batch_size`` answers at a time.
         scorer: of nBERT: ``"roberta-large"`` (FEB's), ``"minilm"`` (a wheel), a folder, or ``"none"``.
         skip_nonfinite: optimiser steps with a NaN or infinite gradient that may be left out before the run fails.
-        skip_bad: lines of the data files that may be left out, and are counted.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
     Raises:
         ValueError: an option is out of its range; the message names it, its value and the range.
@@ -95,7 +94,6 @@ class Settings:
     adalora_target_r: int = 16
     adalora_orth_reg: float = 0.1
     skip_nonfinite: int = 0
-    skip_bad: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -233,7 +231,7 @@ _NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("train_size", "dev_size", "max_source", "max_target", "max_steps", "batch_size"), _POSITIVE),
     **dict.fromkeys(("logging_steps", "save_steps", "max_new_tokens", "eval_batch_size", "lora_alpha"), _POSITIVE),
-    **dict.fromkeys(("micro_batch", "warmup_steps", "skip_nonfinite", "skip_bad", "adalora_orth_reg"), _NOT_NEGATIVE),
+    **dict.fromkeys(("micro_batch", "warmup_steps", "skip_nonfinite", "adalora_orth_reg"), _NOT_NEGATIVE),
     "adalora_target_r": _POSITIVE,
     "learning_rate": (lambda value: 0 < value < 1, "in (0, 1)"),
     "weight_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),

@@ -16,7 +16,6 @@ SETTINGS = f"{FOLDER}/settings.py"
 SUMMARY = f"{FOLDER}/summary.py"
 REPORT = f"{FOLDER}/report.py"
 RUNS = f"{FOLDER}/runs.py"
-READING = f"{FOLDER}/reading.py"
 
 HARNESS = [
     Mutant(
@@ -306,14 +305,5 @@ HARNESS = [
         "gradient_accumulation_steps=1",
         ("harness_runs",),
         "out_of_memory_halves_the_micro",
-    ),
-    Mutant(
-        "skips-without-limit",
-        "any number of bad records is left out",
-        READING,
-        "if len(places) == limit or error.place in places:",
-        "if error.place in places:",
-        ("harness_protocol",),
-        "skip_bad",
     ),
 ]
