@@ -151,7 +151,8 @@ def run(options, advance):
     advance("time of the loss")
     times = kernel_check.time_steps(trainer.model, next(iter(trainer.get_train_dataloader())), steps)
     counts = [sum(p.numel() for p in part) for part in (trained, model.parameters())]
-    kind = "embedded examples in ComVE's form" if options.data is None else f"{options.dataset}, official files"
+    version = f" {options.cos_e_version}" if options.dataset == "cos_e" else ""
+    kind = f"{options.dataset}{version}, official files" if options.data else "embedded examples in ComVE's form"
     with contextlib.redirect_stdout(io.StringIO()):  # explain() prints
         backends = explain(logits).splitlines()
     lines = [
@@ -179,18 +180,20 @@ def evaluate(trainer, encoder, held_out):
     parsable = sum(is_parsable(text, example.choices) for text, example in zip(answers, examples, strict=False))
     names = ("label_nll", "explanation_nll", "label_entropy")
     figures = [*(means[name] for name in names), *(terms[f"eval_{name}"] for name in ("ce", "sced", "kl"))]
-    return f"{parsable}/{len(answers)}", figures, examples[0].uid, answers[0]
+    return f"{parsable}/{len(answers)}", figures, answers[0]
 
 
 def row_lines(rows):
     head = ("parsable", "label NLL", "expl. NLL", "label entropy", "ce", "sced", "kl")
     lines = [f"  {'':<14}" + "".join(f"{name:>{max(len(name), 6) + 2}}" for name in head)]
-    for name, (parsable, figures, _, _) in rows.items():
+    for name, (parsable, figures, _) in rows.items():
         cells = zip(head, (parsable, *(f"{figure:.2f}" for figure in figures)), strict=True)
         lines.append(f"  {name:<14}" + "".join(f"{cell:>{max(len(title), 6) + 2}}" for title, cell in cells))
-    lines.append("  NLL and entropy: means over tokens, in nats; ce, sced, kl: as the Trainer logs them, in nats.")
-    lines.append("  parsable: greedy answers of the form 'label because explanation'.  The first one:")
-    for name, (_, _, _, answer) in rows.items():
+    lines.append(
+        "  NLL, entropy: means over tokens, in nats; ce, sced, kl: the Trainer's eval_ce, eval_sced and eval_kl."
+    )
+    lines.append("  parsable: greedy answers of the form 'label because explanation'.  The first answer of each:")
+    for name, (_, _, answer) in rows.items():
         text = " ".join("".join(c if c.isprintable() else " " for c in answer).split()) or "(nothing)"
         lines.append(f"    {name:<14}{text if len(text) <= 100 else text[:97] + '...'}")
     return lines

@@ -319,6 +319,7 @@ def test_rows_carry_their_origin_and_no_secret(model, tmp_path: Path, monkeypatc
     (row,) = rows.values()
     assert {"model", "revision", "protocol", "split", "settings", "scorer", "device", "backend", "versions"} <= set(row)
     assert row["versions"]["torch"] == torch.__version__
+    assert row["protocol"] == "changed sizes"
     text = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
     assert "hunter2" not in text
     assert str(tmp_path) not in text

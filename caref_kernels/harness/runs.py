@@ -271,7 +271,7 @@ class Workbench:
         return {
             "model": self.source.name,
             "revision": getattr(self.config, "_commit_hash", None),
-            "protocol": "FEB" if self.settings.is_feb else "changed sizes",
+            "protocol": "FEB" if (self.settings.train_size, self.settings.dev_size) == Sizes() else "changed sizes",
             "train_size": len(split.train),
             "dev_size": len(split.dev),
             "split": split.hash,

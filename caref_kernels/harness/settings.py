@@ -145,11 +145,6 @@ class Settings:
         """sha256 of what is decisive, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
-    @property
-    def is_feb(self) -> bool:
-        """Whether the splits are FEB's."""
-        return (self.train_size, self.dev_size) == Sizes()
-
 
 def read_settings(path: str | Path, changes: dict[str, Any] | None = None) -> Settings:
     """The settings in a YAML file, with ``changes`` on top.
