@@ -140,6 +140,7 @@ def _tree(path: Path) -> ast.Module:
 # the public names, which is all that the integrations and the harness use.
 ARROWS: dict[str, set[str]] = {
     "__init__.py": {"backends", "config", "distributed", "functional", "linear", "modules", "sparsity"},
+    "__main__.py": {"backends", "caref_kernels"},
     "autograd.py": {"backends", "ops"},
     "backends/__init__.py": {"backends", "config", "distributed"},
     "backends/compiled.py": {"_C", "config"},
@@ -156,15 +157,13 @@ ARROWS: dict[str, set[str]] = {
     "backends/triton/tiling.py": {"config"},
     "checks.py": {"distributed", "objective"},
     "config.py": {"sparsity"},
-    "demo": {"caref_kernels", "harness"},
     "distributed/__init__.py": set(),
     "distributed/collectives.py": set(),
     "distributed/dtensors.py": set(),
     "distributed/local_stats.py": {"config", "objective"},
     "distributed/shard.py": {"backends", "checks", "config", "distributed", "objective", "sparsity"},
     "functional.py": {"autograd", "backends", "checks", "config", "distributed", "objective", "ops", "sparsity"},
-    "gpucheck": {"backends", "caref_kernels", "config", "ops", "testing"},
-    "harness": {"caref_kernels", "demo", "integrations"},
+    "harness": {"caref_kernels", "integrations"},
     "integrations": {"caref_kernels"},
     "linear.py": {
         "autograd",
