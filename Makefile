@@ -55,21 +55,21 @@ format: $(READY)  ## rewrite the sources as lint wants them
 gpucheck: $(READY)  ## every test that needs a GPU, into benchmarks/results/gpucheck.json (under 10 minutes)
 	$(if $(READY),,TORCH_CUDA_ARCH_LIST="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" $(PY) setup.py -q build_ext --inplace)
 	$(PYTEST) -m gpu --gpucheck benchmarks/results/gpucheck.json -rfE $(GPU_LIMITS) $(ARGS)
-bench: $(READY)  ## measure, write benchmarks/results/ and the README's tables and plots (under 5 minutes)
-	$(PY) -m benchmarks.measure $(ARGS)
-	$(PY) -m benchmarks.measure_step
+bench: $(READY)  ## measure the loss and a training step, write benchmarks/results/ and the documents (8 minutes)
+	$(PY) -m benchmarks.measure loss $(ARGS)
+	$(PY) -m benchmarks.measure step
 	$(PY) -m benchmarks.report
 bench-gpu: $(READY)  ## the same on a CUDA device, against other libraries: loss, heads, steps (under 9 minutes)
-	$(PY) -m benchmarks.measure_gpu --budget 280 $(ARGS)
-	$(PY) -m benchmarks.measure_heads_gpu --budget 140
-	$(PY) -m benchmarks.measure_step --device cuda --budget 90
+	$(PY) -m benchmarks.measure gpu $(ARGS)
+	$(PY) -m benchmarks.measure heads-gpu
+	$(PY) -m benchmarks.measure step-gpu
 	$(PY) -m benchmarks.report
 bench-report: $(READY)  ## tables and plots again from the committed results, without measuring
-	$(PY) -m benchmarks.report && $(PY) -m benchmarks.report_linear
+	$(PY) -m benchmarks.report
 bench-linear: $(READY)  ## the same for heads, with and without their logits (10 minutes)
-	$(PY) -m benchmarks.measure_linear $(ARGS) && $(PY) -m benchmarks.report_linear
-bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and torch.topk (2 minutes)
-	$(PY) -m benchmarks.measure_sparse $(ARGS) && $(PY) -m benchmarks.report
+	$(PY) -m benchmarks.measure linear $(ARGS) && $(PY) -m benchmarks.report
+bench-sparse: $(READY)  ## the same for top-k masks, against the dense loss and torch.topk (4 minutes)
+	$(PY) -m benchmarks.measure sparse $(ARGS) && $(PY) -m benchmarks.report
 sanitize: $(READY)  ## the suite against a copy built with AddressSanitizer and UBSan
 	PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 mutants: $(READY)  ## apply known mistakes to copies of the tree; fails if the suite misses one (45 minutes)

@@ -1,62 +1,43 @@
-"""`python -m benchmarks.harness`: the README block of the real run whose report.csv is committed.
+"""The report and the block of the committed run of the harness; nothing is measured here.
 
-The run itself is `caref-harness run smollm2 --results DIR`, its report `caref-harness report --results DIR`.
-Nothing is measured here, and no figure enters the README by hand.
+The run itself is `caref-harness run smollm2 --results DIR`; `caref-harness report --results DIR` writes the rows of a run
+into report.csv, which is committed.
 """
 
 from __future__ import annotations
 
-import sys
-
 from caref_kernels.harness.report import Study, read_report
 from caref_kernels.harness.summary import FEWEST_SPLITS, LEVEL, Difference, cell, values
 
-from .provenance import ROOT
+from .results_file import FOLDER as RESULTS
+from .tables import Page
 
-README = ROOT / "README.md"
-FOLDER = ROOT / "benchmarks" / "results" / "harness"
-BEGIN, END = "<!-- harness:begin -->", "<!-- harness:end -->"
-NOT_RUN = "The real run is not in this checkout yet: `caref-harness run smollm2 --results benchmarks/results/harness`."
+FOLDER = RESULTS / "harness"
+NOT_RUN = "This run has not been made yet: `caref-harness run smollm2 --results DIR`."
 SHOWN = ("accuracy", "nbert", "choice_accuracy", "ece", "brier", "label_nll", "label_entropy", "unparsable")
 COMPARED = ("accuracy",)  # the report has the others
 
 
-def main() -> None:
-    """Write the block in the README."""
-    study = committed()
-    README.write_text(splice(README.read_text(encoding="utf-8"), block(study)), encoding="utf-8")
-    sys.stdout.write(f"{0 if study is None else len(study.rows)} rows\n")
-
-
-def committed() -> Study | None:
-    """The run that is in this checkout."""
+def study() -> Study | None:
+    """The committed rows, if there are any."""
     file = FOLDER / "report.csv"
-    return Study(read_report(file)) if file.is_file() else None
+    found = Study(read_report(file)) if file.is_file() else None
+    return found if found is not None and found.rows else None
 
 
-def splice(text: str, inside: str) -> str:
-    """``text`` with ``inside`` between the markers.
-
-    Raises:
-        ValueError: there is not exactly one pair of markers.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"the README must have exactly one pair of markers {BEGIN} {END}")
-    return f"{before}{BEGIN}\n{inside}\n{END}{after}"
+def write_report() -> None:
+    """Write report.md beside the rows."""
+    found = study()
+    if found is not None:
+        (FOLDER / "report.md").write_text(found.markdown(), encoding="utf-8")
 
 
-def block(study: Study | None) -> str:
-    """What the README says about the run."""
-    if study is None or not study.rows:
+def block(found: Study | None, page: Page) -> str:
+    """What the documents say about the run."""
+    if found is None:
         return NOT_RUN
-    lines = [_introduction(study), "", *_table(study), "", *_differences(study)]
-    return "\n".join([*lines, "", f"Rows, report and plots: [{_relative()}]({_relative()}/report.md)."])
-
-
-def _relative() -> str:
-    return FOLDER.relative_to(ROOT).as_posix()
+    lines = [_introduction(found), "", *_table(found), "", *_differences(found)]
+    return "\n".join([*lines, "", f"Data: {page.link('harness/report.csv')}, {page.link('harness/report.md')}."])
 
 
 def _introduction(study: Study) -> str:
@@ -64,9 +45,10 @@ def _introduction(study: Study) -> str:
     counts = sorted({len(values(study.rows, d, v, "accuracy")) for d in study.datasets for v in study.variants})
     splits = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"A real run, on {row['device'].split(',')[0]}: {row['model']}, query projections only, the official files of "
-        f"{' and '.join(study.datasets)}, {splits} of FEB's 60 splits. It checks the harness and the loss on "
-        "a small model, not the paper: the model, the steps and the scorer of nBERT are others. Mean ± standard error:"
+        f"One run on {row['device'].split(',')[0]}: {row['model']}, query projections only, a subset of the official "
+        f"files of {' and '.join(study.datasets)}, {splits} of FEB's 60 splits. It tests the harness and the loss on a "
+        "small model and does not reproduce the paper, whose model, number of steps and scorer of nBERT differ. "
+        "Mean ± standard error:"
     )
 
 
@@ -107,7 +89,3 @@ def _listed(items: list[tuple[str, str, Difference]]) -> str:
         needed = "" if one.p < LEVEL else f", {'not known' if one.needed is None else f'{one.needed} splits'}"
         texts.append(f"{dataset} {metric}, {one.first} minus {one.second}: {one.mean:+.2f}{_error(one.error)}{needed}")
     return "; ".join(texts) + "."
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,4 @@
-"""A process for each case: one that a contestant breaks costs that case, and the results file is whole after each.
-
-The parent never touches the device.  A worker is the same module with ``--worker CASE --part FILE``.
-"""
+"""A process for each measurement: one that breaks costs itself."""
 
 from __future__ import annotations
 
@@ -10,46 +7,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .provenance import ROOT
+from .sources import ROOT
 
 MOST_CHARACTERS = 600
+LEAST_SECONDS = 20.0
 
 
-def run_cases(
-    module: str, names: Iterable[str], arguments: list[str], budget: float, limit: float,
-    done: Callable[[str, dict], None], environment: dict[str, str] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """Run ``python -m module --worker NAME`` for every name; ``done(name, part)`` gets what it wrote.
+class Limits:
+    """Seconds of one process, and of all together from now on."""
 
-    Returns the reasons of the cases without a result: over the ``limit`` of one, ended badly, or left out because the
-    ``budget`` (seconds, for all of them) was spent.
-    """
-    end = time.monotonic() + budget
-    left_out = {}
-    for name in names:
-        left = end - time.monotonic()
-        if left < min(limit, 20.0):
-            left_out[name] = f"left out: {max(left, 0):.0f} s of the budget were left"
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder, "part.json")
-            reason = _run([module, "--worker", name, "--part", str(part), *arguments], min(limit, left), environment)
-            if reason is None and part.is_file():
-                done(name, json.loads(part.read_text()))
-            else:
-                left_out[name] = reason or "no result"
-    return left_out
+    def __init__(self, budget: float, of_one: float) -> None:
+        self._of_one, self._end = of_one, time.monotonic() + budget
+
+    def next(self) -> tuple[float, str | None]:
+        """(seconds that the next process may take, why it should not start)."""
+        left = self._end - time.monotonic()
+        too_late = left < min(self._of_one, LEAST_SECONDS)
+        return min(self._of_one, left), f"left out: {max(left, 0):.0f} s were left" if too_late else None
 
 
-def write(path: Path, results: dict) -> None:
-    """Replace the results file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
+def run(
+    module: str, arguments: list[str], limits: Limits, environment: dict[str, str] | None = None
+) -> tuple[dict | None, str | None]:
+    """Run ``python -m module ARGUMENTS --part FILE``: (what it wrote to FILE, ``None``) or (``None``, the reason)."""
+    seconds, reason = limits.next()
+    if reason is not None:
+        return None, reason
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        reason = _run([module, *arguments, "--part", str(part)], seconds, environment)
+        if reason is None and part.is_file():
+            return json.loads(part.read_text()), None
+    return None, reason or "no result"
 
 
 def _run(command: list[str], limit: float, environment: dict[str, str] | None) -> str | None:

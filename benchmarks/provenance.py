@@ -15,17 +15,21 @@ import caref_kernels
 from caref_kernels import backends
 
 from . import peers
-from .sources import RESULTS, ROOT, git, source_hash
-
-__all__ = ["ROOT", "cpu_model", "gpu_provenance", "provenance", "source_hash"]
+from .sources import REWRITTEN, git, source_hash
 
 
-def provenance() -> dict[str, str | int | bool]:
-    """Machine, versions and sources of a run in this process.
+def provenance(device: torch.device | None = None) -> dict:
+    """Machine, versions and sources of a run in this process, on ``device``.
+
+    ``CAREF_KERNELS_COMMIT`` names the commit of a tree without its git folder.
 
     Raises:
-        ValueError: the tree is not a git checkout, so the figures could not be traced to a commit.
+        ValueError: neither a git checkout nor that variable, so the figures could not be traced to a commit.
     """
+    return _cpu() if device is None or device.type == "cpu" else _gpu(device)
+
+
+def _cpu() -> dict:
     fused = backends.get("cpu")
     missing = fused.unsupported(torch.empty(1, 2))
     return {
@@ -39,29 +43,17 @@ def provenance() -> dict[str, str | int | bool]:
     }
 
 
-def gpu_provenance(device: torch.device) -> dict:
-    """The same for a run on ``device``; ``CAREF_KERNELS_COMMIT`` names the commit of a tree without its git folder.
-
-    Raises:
-        ValueError: neither a git checkout nor that variable.
-    """
-    made: dict = {"machine": cpu_model(Path("/proc/cpuinfo"))}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        made = {
-            "machine": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            # kilohertz, where torch knows it: the ceiling of the roofline
-            "clock": getattr(properties, "clock_rate", None),
-            "driver": _driver(),
-            "cuda": torch.version.cuda or "none",
-        }
+def _gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
     installed = importlib.util.find_spec("triton") is not None
     triton = importlib.metadata.version("triton") if installed else "not installed"
     return {
-        **made,
+        "machine": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda or "none",
         "triton": triton,
         "peers": peers.versions(),
         **_versions(),
@@ -85,8 +77,8 @@ def _commit() -> dict[str, str | bool]:
     if named:
         return {"commit": named, "dirty": False}
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", *RESULTS)),
+        "commit": _checked_git("rev-parse", "HEAD"),
+        "dirty": bool(_checked_git("status", "--porcelain", "--", ".", *REWRITTEN)),
     }
 
 
@@ -110,7 +102,7 @@ def cpu_model(cpuinfo: Path) -> str:
     return f"{name} ({'-'.join(family)})" if family else name
 
 
-def _git(*arguments: str) -> str:
+def _checked_git(*arguments: str) -> str:
     try:
         return git(*arguments)
     except (OSError, subprocess.CalledProcessError) as error:

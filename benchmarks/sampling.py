@@ -1,4 +1,4 @@
-"""One repetition of one contestant, and repetitions of many, interleaved; time, page faults and memory."""
+"""Time, page faults and memory of one call, and repetitions of many calls, interleaved in random order."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .cases import Case
-from .providers import Provider
-
-WARM_UP = 2
-# A fast contestant is repeated more often within a round, so that its median settles while the slow ones run.
+# Larger than any second-level cache, 50 MiB on an H200.
+FLUSHED_BYTES = 2**28
+# Of the device's clock, about a millisecond: the host queues forward and backward of any implementation in less.
+PAUSE_CYCLES = 2_000_000
+# A fast implementation is repeated more often within a round, so that its median settles while the slow ones run.
 MOST_PER_ROUND = 8
 LEAST_ROUNDS = 3
-PHASES = ("forward", "backward", "both")
 PERCENTILES = (20, 50, 80)
 
 
+class Calls(NamedTuple):
+    """What is timed: ``prepare() -> inputs`` is not, ``forward(inputs) -> result`` and ``backward`` are."""
+
+    prepare: Callable[[], Any]
+    forward: Callable[[Any], Any]
+    backward: Callable[[Any, Any], Any]
+
+
 class Sample(NamedTuple):
-    """One repetition: seconds of the forward and of the backward pass, and minor page faults of the two together."""
+    """One repetition: seconds, and minor page faults of forward and backward together."""
 
     forward: float
     backward: float
-    faults: int
+    call: float  # wall clock of both with the host's part, nothing queued before
+    page_faults: int
 
     @property
     def both(self) -> float:
@@ -37,57 +45,100 @@ class Sample(NamedTuple):
         return self.forward + self.backward
 
 
-class Workspace:
-    """The tensors of one case, shared by its contestants; what a repetition overwrites is refreshed before the next."""
+class Clock:
+    """Times calls on one device: by the wall clock on a CPU, by events on the stream of a GPU.
 
-    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
-        self.case = case
-        self.values, self.labels = case.tensors(device)
-        self._buffer = self.values.clone().requires_grad_()
-        self._copy = torch.empty_like(self.values)
+    On a GPU the events stand behind a pause in which the host queues everything, and the second-level cache is filled
+    with something else before: what counts is the device's time.
+    """
 
-    def repeat(self, provider: Provider) -> Sample:
-        """Run ``provider`` once on fresh logits and time it; the copy counts as a forward pass."""
-        logits = self.refresh()
-        faults, start = _page_faults(), time.perf_counter()
-        result = self.forward(provider, logits)
-        middle = time.perf_counter()
-        # Kept alive past the end of the clock: freeing it is the business of the optimiser step, not of the loss.
-        gradient = self.backward(provider, logits, result)
-        end = time.perf_counter()
-        sample = Sample(middle - start, end - middle, _page_faults() - faults)
-        del gradient
-        return sample
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._cache = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if self._on_gpu else None
 
-    def refresh(self) -> torch.Tensor:
-        """The logits with their values restored: not a leaf, as the output of a head, so that it may be overwritten."""
-        with torch.no_grad():
-            self._buffer.copy_(self.values)
-        return self._buffer.view_as(self._buffer)
+    def time(self, calls: Calls) -> Sample:
+        """Run ``calls`` once, on a GPU a second time for the wall clock.
 
-    def forward(self, provider: Provider, logits: torch.Tensor) -> torch.Tensor:
-        """The provider's loss, or the copy."""
-        return self._copy.copy_(logits.detach()) if provider.loss is None else provider.loss(logits, self.labels)
+        Results live until the clock has stopped: to free them is the work of the optimiser step, not of the loss.
+        """
+        inputs = self._fresh(calls)
+        if self._on_gpu:
+            torch.cuda._sleep(PAUSE_CYCLES)
+        faults, marks = _page_faults(), [self._mark()]
+        result = calls.forward(inputs)
+        marks.append(self._mark())
+        gradient = calls.backward(inputs, result)
+        marks.append(self._mark())
+        faults = _page_faults() - faults
+        self._wait()
+        forward, backward = (self._between(*pair) for pair in zip(marks, marks[1:], strict=False))
+        del result, gradient
+        call = self._wall_clock(calls) if self._on_gpu else forward + backward
+        return Sample(forward, backward, call, faults)
 
-    def backward(self, provider: Provider, logits: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of the provider's loss; nothing for the copy."""
-        return None if provider.loss is None else torch.autograd.grad(result, logits)[0]
+    def extra_memory(self, calls: Calls) -> int:
+        """Bytes by which memory peaks during forward and backward above its level before.
+
+        On a GPU this is allocated memory; on a CPU it is the resident set of the process, which means something only
+        if the allocator gives memory back at once (``ALLOCATORS["memory"]`` of measure.py).
+
+        Raises:
+            OSError: on a CPU, if the kernel does not let a process reset its peak.
+        """
+        self.time(calls)  # whatever is made once
+        inputs = calls.prepare()
+        gc.collect()
+        if self._on_gpu:
+            self._wait()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if self._on_gpu else resident_bytes(reset_peak=True)
+        result = calls.forward(inputs)
+        gradient = calls.backward(inputs, result)
+        self._wait()
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else resident_bytes(peak=True)
+        del gradient, result
+        return max(0, peak - before)
+
+    def _wall_clock(self, calls: Calls) -> float:
+        inputs = self._fresh(calls)
+        self._wait()
+        start = time.perf_counter()
+        result = calls.forward(inputs)
+        gradient = calls.backward(inputs, result)
+        self._wait()
+        seconds = time.perf_counter() - start
+        del gradient, result
+        return seconds
+
+    def _fresh(self, calls: Calls) -> Any:
+        inputs = calls.prepare()
+        if self._cache is not None:
+            self._cache.zero_()
+        return inputs
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start, end) -> float:
+        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
 
 
-def interleave(workspace: Workspace, providers: tuple[Provider, ...], seconds: float) -> dict[str, list[Sample]]:
-    """Samples of every provider, in random order, for about ``seconds`` and at least ``LEAST_ROUNDS`` rounds."""
-    typical = {}
-    for provider in providers:
-        warm_up = [workspace.repeat(provider).both for _ in range(WARM_UP)]
-        typical[provider.name] = min(warm_up)
-    rounds = schedule(typical, seconds)
-    known = {provider.name: provider for provider in providers}
-    samples: dict[str, list[Sample]] = {name: [] for name in known}
+def interleave(repeat: dict[str, Callable[[], Any]], typical: dict[str, float], seconds: float) -> dict[str, list]:
+    """What the functions return, by name, called in the order of :func:`schedule`."""
+    samples: dict[str, list] = {name: [] for name in repeat}
     gc.collect()
     gc.disable()
     try:
-        for name in rounds:
-            samples[name].append(workspace.repeat(known[name]))
+        for name in schedule(typical, seconds):
+            samples[name].append(repeat[name]())
     finally:
         gc.enable()
     return samples
@@ -99,54 +150,33 @@ def schedule(typical: dict[str, float], seconds: float, seed: int = 0) -> Iterat
     ``typical`` gives the expected seconds of one repetition.  The slowest runs once a round, the others up to
     ``MOST_PER_ROUND`` times.
     """
-    slowest = max(typical.values())
+    slowest = max(typical.values(), default=0.0)
     repeats = {name: max(1, min(MOST_PER_ROUND, int(slowest / own))) for name, own in typical.items()}
     one_round = [name for name, count in repeats.items() for _ in range(count)]
     cost = sum(typical[name] for name in one_round)
     order = random.Random(seed)
-    for _ in range(max(LEAST_ROUNDS, int(seconds / cost))):
+    for _ in range(max(LEAST_ROUNDS, int(seconds / cost)) if one_round else 0):
         order.shuffle(one_round)
         yield from one_round
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The percentiles of ``PERCENTILES``, interpolated.
+def times(samples: list[Sample], phases: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a row: the number of samples, percentiles of every phase in milliseconds, median page faults."""
+    faults = sorted(sample.page_faults for sample in samples)[len(samples) // 2]
+    fields = {f"{phase}_ms": percentiles_ms([getattr(one, phase) for one in samples]) for phase in phases}
+    return {"samples": len(samples), "page_faults": faults, **fields}
+
+
+def percentiles_ms(seconds: list[float]) -> list[float]:
+    """The percentiles of ``PERCENTILES`` in milliseconds, to four significant digits: more would be noise.
 
     Raises:
         ValueError: fewer than two values.
     """
-    if len(values) < 2:
-        raise ValueError(f"percentiles need at least 2 values; got {len(values)}")
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    low, middle, high = (cuts[percent - 1] for percent in PERCENTILES)
-    return low, middle, high
-
-
-def useful_bytes(case: Case, phase: str) -> int:
-    """Bytes that a perfect streaming implementation moves: the forward reads the logits, the backward reads them and
-    writes the gradient.  The copy, which is listed under "both", reads and writes once.
-    """
-    return case.logits_bytes * {"forward": 1, "backward": 2, "both": 3, "copy": 2}[phase]
-
-
-def extra_memory(workspace: Workspace, provider: Provider) -> int:
-    """Bytes by which the resident set of the process peaks above its level before a forward and backward pass.
-
-    Means something only in a process whose allocator gives memory back at once (``REGIMES["memory"]`` of measure.py);
-    resolution one page, and some kilobytes for what the allocator keeps.
-
-    Raises:
-        OSError: the kernel does not let a process reset its peak.
-    """
-    workspace.repeat(provider)  # whatever is made once
-    logits = workspace.refresh()
-    gc.collect()
-    before = resident_bytes(reset_peak=True)
-    result = workspace.forward(provider, logits)
-    gradient = workspace.backward(provider, logits, result)
-    peak = resident_bytes(peak=True)
-    del gradient
-    return max(0, peak - before)
+    if len(seconds) < 2:
+        raise ValueError(f"percentiles need at least 2 values; got {len(seconds)}")
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return [float(f"{1e3 * cuts[percent - 1]:.4g}") for percent in PERCENTILES]
 
 
 def resident_bytes(*, peak: bool = False, reset_peak: bool = False) -> int:
@@ -157,14 +187,10 @@ def resident_bytes(*, peak: bool = False, reset_peak: bool = False) -> int:
     """
     if reset_peak:
         Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmHWM" if peak else "VmRSS")
+    field = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return int(kilobytes) * 1024

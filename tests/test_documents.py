@@ -22,7 +22,7 @@ IN_CI = {"test", "build", "lint", "launches-oldest", "sanitize", "nvcc-check"}
 TESTED_IN = {
     "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck.py",
     "mutants": "test_mutants.py",
-    "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_linear.py",
+    "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_gpu.py",
     "bench-report": "test_benchmarks.py", "bench-sparse": "test_benchmarks.py", "harness": "test_harness_cli.py",
 }  # fmt: skip
 HARMLESS = {"help"}

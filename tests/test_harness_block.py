@@ -1,4 +1,4 @@
-"""The README block of the committed real run: made from its rows alone, and up to date."""
+"""The block of the committed run of the harness, made from its rows alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("filelock")
 
-from benchmarks.harness import BEGIN, END, README, Study, block, committed, splice  # noqa: E402
+from benchmarks.harness import FOLDER, Study, block, study  # noqa: E402
+from benchmarks.tables import Page  # noqa: E402
 from caref_kernels.harness.results import Reading  # noqa: E402
+
+PAGE = Page("../", "", "")
 
 
 def rows(variant: str, figures: list[float]) -> list[dict]:
@@ -21,26 +24,22 @@ def rows(variant: str, figures: list[float]) -> list[dict]:
 
 def test_the_block_says_what_is_resolved_and_what_it_would_take() -> None:
     caref, ce = [50.0, 51.0, 52.0, 53.0, 54.0, 55.0], [49.0, 49.5, 50.5, 52.0, 52.5, 54.0]
-    text = block(Study(Reading((*rows("CAREF-AQ", caref), *rows("CE-AQ", ce)))))
+    text = block(Study(Reading((*rows("CAREF-AQ", caref), *rows("CE-AQ", ce)))), PAGE)
     resolved, _, still_open = text.partition("**Not resolved**")
     assert "comve accuracy, CAREF-AQ minus CE-AQ: +1.25 ± 0.11" in resolved
     assert "nothing." in still_open
     assert "cannot resolve" not in text
-    text = block(Study(Reading((*rows("CAREF-AQ", caref[:2]), *rows("CE-AQ", [49.0, 52.0])))))
+    text = block(Study(Reading((*rows("CAREF-AQ", caref[:2]), *rows("CE-AQ", [49.0, 52.0])))), PAGE)
     resolved, _, still_open = text.partition("**Not resolved**")
     assert "nothing." in resolved
     assert "CAREF-AQ minus CE-AQ: +0.00 ± 1.00, not known" in still_open
     assert "With 2 paired splits sign flips cannot resolve anything; it takes 6." in text
-    assert "is not in this checkout" in block(None)
+    assert "(../benchmarks/results/harness/report.csv)" in text
+    assert block(None, PAGE).startswith("This run has not been made yet")
 
 
-def test_splice_needs_one_pair_of_markers() -> None:
-    assert splice(f"a{BEGIN}old{END}b", "new") == f"a{BEGIN}\nnew\n{END}b"
-    for text in ("", BEGIN, f"{BEGIN}{END}{BEGIN}{END}"):
-        with pytest.raises(ValueError, match="exactly one pair of markers"):
-            splice(text, "new")
-
-
-def test_the_readme_is_what_the_rows_say() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert splice(text, block(committed())) == text
+def test_the_report_is_what_the_rows_say() -> None:
+    found = study()
+    assert found is not None
+    assert (FOLDER / "report.md").read_text(encoding="utf-8") == found.markdown()
+    assert (FOLDER / "report.csv").read_text(encoding="utf-8") == found.csv()

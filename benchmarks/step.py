@@ -1,19 +1,24 @@
-"""Training steps: models with random weights in the shapes of real ones, batches, and the losses that are compared."""
+"""A training step of T5 and SmolLM2 with each loss: time, peak memory, largest batch.
+
+The models have random weights in the shapes of real ones.  The losses take turns on one model.
+"""
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from caref_kernels import CarefLoss
 from caref_kernels.testing import check_identity
 
-from .providers import eager_loss
+from .implementations import Implementation, cross_entropy, eager_loss
+from .sampling import interleave, percentiles_ms, resident_bytes
 
 # A step's own arithmetic does not depend on the weights, so random ones of the right shape will do.
 _SMOLLM2 = {
@@ -63,7 +68,7 @@ class StepCase:
         return model(config(**(t5 | self.shape))).to(device, self.dtype).train()
 
     def make_batch(self, size: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs without labels, labels): a tenth of the labels do not count."""
+        """(inputs without labels, labels): a tenth of the labels are ignored."""
         generator = torch.Generator().manual_seed(1)
 
         def tokens(length: int) -> Tensor:
@@ -96,22 +101,20 @@ def _of_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> StepLoss:
     return lambda model, inputs, labels: loss(model(**inputs).logits.flatten(0, -2), labels.flatten())
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), labels)
-
-
 def _eager(logits: Tensor, labels: Tensor) -> Tensor:
-    counts = labels != -100
-    return eager_loss(logits[counts], labels[counts])
+    valid = labels != -100
+    return eager_loss(logits[valid], labels[valid])
 
 
-_caref = CarefLoss()
-LOSSES: dict[str, str] = {
-    "cross-entropy": "F.cross_entropy in float32",
-    "eager": "CAREF composed in plain PyTorch, on the rows that count",
-    "fused": "CarefLoss on the model's logits",
-    "fused-head": "apply_caref(model, fuse_head=True): the head and its loss, without logits",
-}
+LOSSES = (
+    Implementation("cross-entropy", "F.cross_entropy in float32", cross_entropy, part="ce"),
+    Implementation("eager", "CAREF composed in plain PyTorch, on the valid rows", _eager),
+    Implementation("fused", "CarefLoss on the model's logits", CarefLoss()),
+    Implementation(
+        "fused-head", "apply_caref(model, fuse_head=True): head and loss, without materialising logits", None
+    ),
+)
+NAMES = tuple(one.name for one in LOSSES)
 
 
 @contextmanager
@@ -127,9 +130,81 @@ def step_loss(name: str, model: nn.Module) -> Iterator[StepLoss]:
         finally:
             remove_caref(model)
         return
-    losses = {"cross-entropy": _cross_entropy, "eager": _eager, "fused": _caref}
-    with nullcontext():
-        yield _of_logits(losses[name])
+    yield _of_logits(next(one.loss for one in LOSSES if one.name == name))
+
+
+def work(job) -> dict:
+    """One part of :data:`benchmarks.measure.SUITES`: records with times and losses, or with memory."""
+    found = (_time if job.part == "time" else _memory)(job.case, job.device, job.seconds)
+    rows = [{"case": job.case.name, "implementation": name} | fields for name, fields in found.items()]
+    return {"rows": rows, "absent": {}}
+
+
+def _time(case: StepCase, device: torch.device, seconds: float) -> dict[str, dict]:
+    step = Step(case, device)
+    batch = case.make_batch(case.batch, device)
+    values = step.verify(batch)
+
+    def once(name: str) -> float:
+        with step_loss(name, step.model) as loss:
+            _wait(device)
+            start = time.perf_counter()
+            step.run(loss, batch)
+            _wait(device)
+            return time.perf_counter() - start
+
+    for name in NAMES:
+        once(name)  # the optimiser makes its state, kernels are compiled
+    typical = {name: once(name) for name in NAMES}
+    samples = interleave({name: lambda name=name: once(name) for name in NAMES}, typical, seconds)
+    return {
+        name: {"samples": len(own), "step_ms": percentiles_ms(own), "value": values[name]}
+        for name, own in samples.items()
+    }
+
+
+def _memory(case: StepCase, device: torch.device, _seconds: float) -> dict[str, dict]:
+    """The peak of a step, and the largest batch; a batch that runs out of memory does not fit."""
+    case.classes()
+    before = 0 if device.type == "cuda" else resident_bytes()
+    step = Step(case, device)
+    found: dict[str, dict] = {}
+    for name in NAMES:
+        with ExitStack() as stack:
+            loss = stack.enter_context(step_loss(name, step.model))
+
+            def peak(size: int, loss=loss) -> int | None:
+                try:
+                    return _peak_of(step, loss, size, device) - before
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    return None
+
+            peak(case.batch)  # the optimiser makes its state, kernels are compiled
+            found[name] = {"peak_bytes": peak(case.batch)}
+            if case.limit is not None:
+                batch, its_peak = largest_batch(peak, case.batch, case.limit)
+                found[name] |= {"largest_batch": batch, "largest_peak_bytes": its_peak, "limit_bytes": case.limit}
+    return found
+
+
+def _peak_of(step: Step, loss: StepLoss, size: int, device: torch.device) -> int:
+    batch = step.case.make_batch(size, device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step.run(loss, batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    resident_bytes(reset_peak=True)
+    step.run(loss, batch)
+    return resident_bytes(peak=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Step:
@@ -155,7 +230,7 @@ class Step:
             AssertionError: they do not.
         """
         values = {}
-        for name in LOSSES:
+        for name in NAMES:
             with step_loss(name, self.model) as loss:
                 values[name] = loss(self.model, *batch).detach()
         identity = "float32_terms" if self.case.dtype == torch.float32 else "bfloat16_head"
