@@ -31,7 +31,7 @@ import torch
 from . import cases, implementations, step
 from .implementations import COPY, Implementation
 from .isolated import Limits, run
-from .provenance import provenance
+from .provenance import gpu_provenance, provenance
 from .results_file import FOLDER, Results
 from .sampling import Clock, interleave, times
 from .workspaces import HeadWorkspace, LossWorkspace
@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         job = Job(suite, chosen[0], options.worker, device, seconds)
         found = suite.work(job)
-        made = {"provenance": provenance(device), "cases": {job.case.name: job.case.title}}
+        origin = gpu_provenance(device) if suite.device == "cuda" else provenance()
+        made = {"provenance": origin, "cases": {job.case.name: job.case.title}}
         options.part.write_text(json.dumps(found | made | {"absent": {job.case.name: found["absent"]}}))
         return
     # Counted by the driver's library, without a context: the parent stays off the device.

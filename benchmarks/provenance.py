@@ -15,21 +15,17 @@ import caref_kernels
 from caref_kernels import backends
 
 from . import peers
-from .sources import REWRITTEN, git, source_hash
+from .sources import RESULTS, git, source_hash
 
 
-def provenance(device: torch.device | None = None) -> dict:
-    """Machine, versions and sources of a run in this process, on ``device``.
+def provenance() -> dict:
+    """Machine, versions and sources of a run of the CPU kernels in this process.
 
     ``CAREF_KERNELS_COMMIT`` names the commit of a tree without its git folder.
 
     Raises:
         ValueError: neither a git checkout nor that variable, so the figures could not be traced to a commit.
     """
-    return _cpu() if device is None or device.type == "cpu" else _gpu(device)
-
-
-def _cpu() -> dict:
     fused = backends.get("cpu")
     missing = fused.unsupported(torch.empty(1, 2))
     return {
@@ -43,17 +39,23 @@ def _cpu() -> dict:
     }
 
 
-def _gpu(device: torch.device) -> dict:
-    properties = torch.cuda.get_device_properties(device)
+def gpu_provenance(device: torch.device) -> dict:
+    """The same for a run of the GPU kernels on ``device``, which may be a CPU that stands for a GPU."""
+    made: dict = {"machine": cpu_model(Path("/proc/cpuinfo"))}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        made = {
+            "machine": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda or "none",
+        }
     installed = importlib.util.find_spec("triton") is not None
     triton = importlib.metadata.version("triton") if installed else "not installed"
     return {
-        "machine": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": _driver(),
-        "cuda": torch.version.cuda or "none",
+        **made,
         "triton": triton,
         "peers": peers.versions(),
         **_versions(),
@@ -78,7 +80,7 @@ def _commit() -> dict[str, str | bool]:
         return {"commit": named, "dirty": False}
     return {
         "commit": _checked_git("rev-parse", "HEAD"),
-        "dirty": bool(_checked_git("status", "--porcelain", "--", ".", *REWRITTEN)),
+        "dirty": bool(_checked_git("status", "--porcelain", "--", ".", *RESULTS)),
     }
 
 

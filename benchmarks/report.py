@@ -87,7 +87,7 @@ def blocks(document: Path) -> dict[str, Callable[[], str]]:
         "gpu": lambda: _with_plots(
             gpu_block(_load("loss_gpu"), _load("heads_gpu"), _load("step_gpu"), page), page, "loss_gpu"
         ),
-        "gpucheck": lambda: gpucheck_block(load_json(GPUCHECK), page.gpu_sources),
+        "gpucheck": lambda: gpucheck_block(load_json(GPUCHECK), page),
         "harness": lambda: harness.block(harness.study(), page),
     }
 

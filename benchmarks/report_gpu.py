@@ -67,20 +67,25 @@ def teraflops(title: str, row: dict) -> float:
     return products * 2 * rows * vocab * features / row["both_ms"][1] / 1e9
 
 
-def gpucheck_block(results: dict | None, current_hash: str) -> str:
+def gpucheck_block(results: dict | None, page: Page) -> str:
     """The committed report of gpucheck, file by file, and the tests that failed, did not run or were skipped."""
     if results is None:
         return "Not yet run on a GPU: `make gpucheck` on one writes the report."
-    host, package = report["host"], report["package"]
-    stale = [] if package["source_sha256"] == current_hash else [STALE.format(command="make gpucheck")]
-    where = f"{host['gpu'] or 'no GPU'}, torch {host['torch']}, triton {host['triton']}"
-    driver = f", driver {host['driver']}" if host.get("driver") else ""
-    commit = (package["git"] or "unknown")[:12] + (", with uncommitted changes" if package["dirty"] else "")
-    counts = ", ".join(f"{count} {status}" for status, count in report["summary"].items() if count)
-    lines = [*_table_head(["stage", "status", "cases", "seconds", ""])]
-    for stage in report["stages"]:
-        detail = stage.get("detail", "").replace("|", "\\|").replace("\n", " ")[:160]
-        cells = [stage["name"], stage["status"], str(stage.get("cases", "")), f"{stage['seconds']:.0f}", detail]
-        lines.append(_cells(cells))
-    text = f"Run on {report['started'][:10]}: {where}{driver}; commit {commit}. Stages: {counts}."
-    return "\n\n".join([*stale, text, "\n".join(lines)])
+    outcomes = ("passed", "failed", "skipped", "not run")
+    lines = _table_head(["tests", *outcomes, "seconds"])
+    for file in results["files"]:
+        lines.append(_cells([file["file"], *(str(file.get(one, 0)) for one in outcomes), f"{file['seconds']:.0f}"]))
+    reasons = [
+        f"- {test['test']}: {test['outcome']}. {test.get('detail', '')}".rstrip()
+        for test in results["tests"]
+        if test["outcome"] != "passed"
+    ]
+    made = results["provenance"]
+    stale = [] if made["source_sha256"] == page.gpu_sources else [STALE.format(command="make gpucheck")]
+    state = ", with uncommitted changes" if made["dirty"] else ""
+    driver = f", driver {made['driver']}, triton {made['triton']}" if "driver" in made else ""
+    text = (
+        f"Run on {results['date']}: {made['machine']}{driver}; torch {made['torch']}, Python {made['python']}; commit "
+        f"{made['commit'][:12]}{state}. Data: {page.link('gpucheck.json')}."
+    )
+    return "\n\n".join([*stale, text, "\n".join(lines), *(["\n".join(reasons)] if reasons else [])])

@@ -14,8 +14,8 @@ KERNEL_SOURCES = {
     "cpu": (*_EVERYWHERE, "csrc/cpu/**/*"),
     "gpu": (*_EVERYWHERE, "csrc/cuda/**/*", "caref_kernels/backends/triton/**/*.py"),
 }
-# Files that a run itself rewrites: they do not make the tree dirty.
-REWRITTEN = (":(exclude)benchmarks/results", ":(exclude)README.md", ":(exclude)docs")
+# A run rewrites these files itself: they do not make the tree dirty.
+RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md", ":(exclude)docs")
 
 
 def source_hash(root: Path = ROOT, kind: str = "cpu") -> str:

@@ -57,6 +57,7 @@ def test_the_gpu_suite_on_the_cpu(run_suite, capsys):
     assert rows.keys() | results.absent["flan-t5"].keys() == {one.name for one in kept}
     assert rows["eager"].keys() >= {"errors", "samples", "forward_ms", "backward_ms", "both_ms"}
     assert "forward_ms" not in rows["copy"]
+    assert results.provenance["peers"].keys() == set(peers.DISTRIBUTIONS.values())
     title = results.cases["flan-t5"]
     assert tables.gigabytes_per_second(title, {"implementation": "x", "both_ms": [0, 2.0, 0]}) == pytest.approx(
         3 * 2 * 32_128 * 2 / 2.0 / 1e6

@@ -161,23 +161,27 @@ def test_rates_count_what_must_be_moved_and_multiplied() -> None:
 
 
 def test_the_block_of_gpucheck() -> None:
-    stage = {"name": "smoke/triton", "status": "fail", "seconds": 3.2, "cases": 2, "detail": "a | b\nc"}
-    made = {
-        "started": "2026-01-02T03:04:05+00:00",
-        "host": {"gpu": "NVIDIA H200", "driver": "580", "torch": "2", "triton": "3"},
-        "package": {"git": "c" * 40, "dirty": True, "source_sha256": "old"},
-        "summary": {"pass": 0, "fail": 1},
-        "stages": [stage],
+    made = {"machine": "NVIDIA H200", "driver": "580", "torch": "2", "triton": "3", "python": "3.11", "dirty": True}
+    results = {
+        "date": "2026-01-02",
+        "provenance": {**made, "commit": "c" * 40, "source_sha256": "old"},
+        "files": [{"file": "tests/gpu/test_large.py", "passed": 2, "failed": 1, "seconds": 3.2}],
+        "tests": [
+            {"test": "tests/gpu/test_large.py::test_a", "outcome": "passed", "seconds": 1.0},
+            {"test": "tests/gpu/test_large.py::test_b", "outcome": "failed", "seconds": 1.0, "detail": "differs"},
+            {"test": "tests/gpu/test_large.py::test_c", "outcome": "not run", "seconds": 0.0},
+        ],
     }
-    block = report_gpu.gpucheck_block(made, "new")
+    block = report_gpu.gpucheck_block(results, Page("../", "", "new"))
     assert block.startswith("**Stale:**")
     assert (
-        "Run on 2026-01-02: NVIDIA H200, torch 2, triton 3, driver 580; commit cccccccccccc, with uncommitted" in block
+        "Run on 2026-01-02: NVIDIA H200, driver 580, triton 3; torch 2, Python 3.11; commit cccccccccccc, with" in block
     )
-    assert "Stages: 1 fail." in block
-    assert "| smoke/triton | fail | 2 | 3 | a \\| b c |" in block
-    assert "Stale" not in report_gpu.gpucheck_block(made, "old")
-    assert report_gpu.gpucheck_block(None, "new").startswith("Not yet run on a GPU")
+    assert "| tests/gpu/test_large.py | 2 | 1 | 0 | 0 | 3 |" in block
+    assert "- tests/gpu/test_large.py::test_b: failed. differs\n- tests/gpu/test_large.py::test_c: not run." in block
+    assert "test_a" not in block
+    assert "Stale" not in report_gpu.gpucheck_block(results, Page("../", "", "old"))
+    assert report_gpu.gpucheck_block(None, PAGE).startswith("Not yet run on a GPU")
 
 
 def test_what_a_mask_keeps_is_observed_and_summarised() -> None:

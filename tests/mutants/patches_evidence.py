@@ -80,7 +80,7 @@ EVIDENCE = [
         "stale figures shown as current",
         "benchmarks/report_gpu.py",
         "benchmarks_report",
-        "readme",
-        ("never-stale", '[] if made["source_sha256"] == current_hash else', "[] if True else"),
+        "gpucheck",
+        ("gpucheck-never-stale", '[] if made["source_sha256"] == page.gpu_sources else', "[] if True else"),
     ),
 ]
