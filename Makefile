@@ -18,7 +18,7 @@ export CAREF_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
 PYTEST := $(PY) -m pytest -q --numprocesses auto --maxprocesses 8
 # A test that hangs in the driver ends with its process; after the last limit no test starts.  Together under 10 minutes.
 GPU_LIMITS := --dist loadgroup --timeout 150 --timeout-method thread --session-timeout 420
-.PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants random-mutants build clean
+.PHONY: help demo test aot aot-oldest launches-oldest nvcc-check lint format gpucheck bench bench-gpu bench-report bench-linear bench-sparse sanitize mutants random-mutants docs build clean
 
 help:  ## the verbs (PYTHON=python3.12 chooses the interpreter, ARGS="..." reaches demo, test and bench)
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -76,6 +76,8 @@ mutants: $(READY)  ## apply known mistakes to copies of the tree; fails if the s
 	cd tests && $(PY) -m mutants.runner $(ARGS)
 random-mutants: $(READY)  ## the same with 200 edits drawn at random from the Python of the core and the integrations (hours)
 	cd tests && $(PY) -m mutants.random_mutants $(ARGS)
+docs: $(READY)  ## the documents, into build/site; every warning is an error
+	$(PY) -m mkdocs build --strict --clean
 clean:  ## everything that the other verbs made, results excepted
 	rm -rf $(VENV) build dist *.egg-info caref_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
