@@ -17,6 +17,8 @@ LINK = re.compile(r"\]\((?P<target>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 SHOWN = (".csv", ".json", ".png", ".svg", ".txt")
 EXTERNAL = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr):`[~!]?([\w.]+)`")
+TITLE = re.compile(r"(?<=[^\n])\n(?=[A-Z]\w+(?:, [A-Z]\w+)*:(?: |\n))")
+INLINE = re.compile(r"^(?P<title>[A-Z]\w+(?:, [A-Z]\w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.MULTILINE)
 JOINT = re.compile(r"^ {4}(?P<names>\w+(?:,\s+\w+)+): (?P<text>.*(?:\n {8,}.*)*)", re.MULTILINE)
 
 
@@ -48,13 +50,22 @@ def on_post_page(output, page, config):  # noqa: ARG001 - mkdocs passes them by 
 
 
 class PlainDocstrings(griffe.Extension):
-    """Docstrings as the parser takes them: references as code, and a line for each of ``alpha, beta: as in ...``."""
+    """Docstrings as the parser takes them.
+
+    References become code, sections are set apart by blank lines, a section on the line of its title becomes a
+    paragraph, and ``alpha, beta: as in ...`` becomes a line for each of the two.
+    """
 
     def on_instance(self, *, obj, **kwargs):  # noqa: ARG002 - griffe passes more
         """One object with its docstring."""
         if obj.docstring is not None:
-            text = ROLE.sub(r"`\1`", obj.docstring.value)
-            obj.docstring.value = JOINT.sub(self._each, text)
+            text = TITLE.sub("\n\n", ROLE.sub(r"`\1`", obj.docstring.value))
+            obj.docstring.value = INLINE.sub(self._paragraph, JOINT.sub(self._each, text))
+
+    @staticmethod
+    def _paragraph(match: re.Match) -> str:
+        text = re.sub(r"\n +", "\n", match["text"])
+        return f"**{match['title']}.** {text[0].upper()}{text[1:]}\n"
 
     @staticmethod
     def _each(match: re.Match) -> str:
