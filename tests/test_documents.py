@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shard_threads import evaluate_split
 from torch.nn import functional
 
 from caref_kernels import caref_loss
 from caref_kernels.linear_chunks import Head, auto_chunk_rows
+from caref_kernels.testing import make_case, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -280,6 +282,18 @@ def test_table_of_memory_follows_from_the_chunks():
         assert chunks == " / ".join(map(str, lengths))
         made = [size * (length + n * d / v) * v + b * v * d for length, b in zip(lengths, (4, 0), strict=True)]
         assert peaks == [f"{peak / 2**20:.0f}" for peak in made]
+
+
+@pytest.mark.parametrize("ranks", [2, 512])
+def test_many_ranks_exchange_and_lose_as_little_as_two(ranks):
+    logits, labels = make_case("lm_like", 4, 128_256, seed=3)
+    exact = oracle(logits, labels)
+    cuts = [128_256 * rank // ranks for rank in range(1, ranks)]
+    terms, _, calls = evaluate_split(logits, labels, cuts, "reference", [])
+    assert calls == [("MAX", 4 * 4), ("SUM", 80 * 4)]
+    for index, name in enumerate(("ce", "sced", "kl")):
+        expected = getattr(exact.terms, name)
+        assert ((terms[:, index].double() - expected) / expected).abs().max() < 1e-7, name
 
 
 def _expected(p: torch.Tensor, columns: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
