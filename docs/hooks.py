@@ -20,6 +20,18 @@ ROLE = re.compile(r":(?:func|class|mod|meth|attr):`[~!]?([\w.]+)`")
 TITLE = re.compile(r"(?<=[^\n])\n(?=[A-Z]\w+(?:, [A-Z]\w+)*:(?: |\n))")
 INLINE = re.compile(r"^(?P<title>[A-Z]\w+(?:, [A-Z]\w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.MULTILINE)
 JOINT = re.compile(r"^ {4}(?P<names>\w+(?:,\s+\w+)+): (?P<text>.*(?:\n {8,}.*)*)", re.MULTILINE)
+# Formulas of docstrings: LaTeX that the site would need a script for, as text.
+MATH = re.compile(r"^( *)\.\. math:: (.*)$", re.MULTILINE)
+LATEX = (
+    (re.compile(r"\\(?:mathrm|mathit|text)\{(\w+)\}"), r"\1"),
+    (re.compile(r"\\sum"), "Σ"),
+    (re.compile(r"\\quad"), "  "),
+    (re.compile(r"\{(\w{1,2})\}"), r"\1"),
+    (re.compile(r"\\alpha"), "α"),
+    (re.compile(r"\\beta"), "β"),
+    (re.compile(r"\\lambda"), "λ"),
+    (re.compile(r"\\(?:[,;]|(?=log|exp))"), ""),
+)
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -52,15 +64,23 @@ def on_post_page(output, page, config):  # noqa: ARG001 - mkdocs passes them by 
 class PlainDocstrings(griffe.Extension):
     """Docstrings as the parser takes them.
 
-    References become code, sections are set apart by blank lines, a section on the line of its title becomes a
-    paragraph, and ``alpha, beta: as in ...`` becomes a line for each of the two.
+    References become code and formulas text, sections are set apart by blank lines, a section on the line of its title
+    becomes a paragraph, and ``alpha, beta: as in ...`` becomes a line for each of the two.
     """
 
     def on_instance(self, *, obj, **kwargs):  # noqa: ARG002 - griffe passes more
         """One object with its docstring."""
         if obj.docstring is not None:
-            text = TITLE.sub("\n\n", ROLE.sub(r"`\1`", obj.docstring.value))
+            text = MATH.sub(self._formula, ROLE.sub(r"`\1`", obj.docstring.value))
+            text = TITLE.sub("\n\n", text)
             obj.docstring.value = INLINE.sub(self._paragraph, JOINT.sub(self._each, text))
+
+    @staticmethod
+    def _formula(match: re.Match) -> str:
+        text = match[2]
+        for pattern, plain in LATEX:
+            text = pattern.sub(plain, text)
+        return f"{match[1]}    {text}"
 
     @staticmethod
     def _paragraph(match: re.Match) -> str:
