@@ -34,7 +34,7 @@ IN_CI = {"test", "build", "lint", "docs", "launches-oldest", "sanitize", "nvcc-c
 # Minutes or a GPU: what they run is tested by the files that stand beside them.
 TESTED_IN = {
     "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck.py",
-    "mutants": "test_mutants.py",
+    "mutants": "test_mutants.py", "random-mutants": "test_mutants.py",
     "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_linear.py",
     "bench-report": "test_benchmarks.py", "bench-sparse": "test_benchmarks.py",
 }  # fmt: skip
