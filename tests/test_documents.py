@@ -17,7 +17,7 @@ import torch
 from shard_threads import evaluate_split
 from torch.nn import functional
 
-from caref_kernels import caref_loss
+from caref_kernels import __version__, caref_loss
 from caref_kernels.linear_chunks import Head, auto_chunk_rows
 from caref_kernels.testing import make_case, oracle
 
@@ -116,10 +116,11 @@ def test_options_that_are_named_alone_exist():
                 assert option in known, f"{name}: {option}"
 
 
-def test_versions_of_python_agree_with_the_package():
+def test_versions_agree_with_the_package():
     oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     for name in ("README.md", "docs/get-started.md"):
         assert f"Python {oldest} or newer" in TEXTS[name]
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_short_documents_stay_short():
