@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -31,12 +30,12 @@ TEXTS = {
 }
 # Executed by .ci/run: test lints, and all of them build first.
 IN_CI = {"test", "build", "lint", "docs", "launches-oldest", "sanitize", "nvcc-check"}
-# Minutes or a GPU: what they run is tested by the files that stand beside them.
+# Minutes or a GPU: what they run is tested by the files that begin with the name beside them.
 TESTED_IN = {
-    "demo": "test_demo.py", "aot": "test_aot.py", "gpucheck": "test_gpucheck.py",
-    "mutants": "test_mutants.py", "random-mutants": "test_mutants.py",
-    "bench": "test_benchmarks.py", "bench-gpu": "test_benchmarks_gpu.py", "bench-linear": "test_benchmarks_linear.py",
-    "bench-report": "test_benchmarks.py", "bench-sparse": "test_benchmarks.py",
+    "demo": "test_demo", "aot": "test_aot", "gpucheck": "test_gpucheck",
+    "mutants": "test_mutants", "random-mutants": "test_mutants",
+    "bench": "test_benchmarks", "bench-gpu": "test_benchmarks_gpu", "bench-linear": "test_benchmarks",
+    "bench-report": "test_benchmarks", "bench-sparse": "test_benchmarks",
 }  # fmt: skip
 HARMLESS = {"help"}
 NOT_RUN = {"format", "clean", "aot-oldest"}  # they change the tree, or install another triton
@@ -71,7 +70,7 @@ def test_every_verb_exists_and_is_run_somewhere(command):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if verb in TESTED_IN:
-        assert (ROOT / "tests" / TESTED_IN[verb]).is_file()
+        assert list((ROOT / "tests").glob(f"{TESTED_IN[verb]}*.py"))
     elif verb in HARMLESS:
         shown = subprocess.run(["make", verb], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert "bench-gpu" in shown
@@ -108,8 +107,9 @@ def test_every_module_takes_its_options(command):
 
 
 def test_options_that_are_named_alone_exist():
-    """An option in the text, as --require, is one of pytest in this tree or of the examples."""
-    known = "".join(path.read_text() for path in (ROOT / "tests" / "conftest.py", *(ROOT / "examples").glob("*.py")))
+    """An option in the text, as --require, is one of pytest in this tree, of the examples or of the benchmarks."""
+    places = ("tests/**/conftest.py", "examples/*.py", "benchmarks/*.py")
+    known = "".join(path.read_text() for place in places for path in ROOT.glob(place))
     for name, text in TEXTS.items():
         for option in re.findall(r"`(--[a-z][a-z-]*)", text):
             if name != "docs/experiments.md":  # the options of the harness, which test_harness_cli.py knows
@@ -174,11 +174,11 @@ def test_every_page_and_every_example_is_in_the_site():
         assert path.relative_to(DOCS).as_posix() in site
     pages = "".join(TEXTS[path.relative_to(ROOT).as_posix()] for path in PAGES)
     for path in (ROOT / "examples").glob("*.py"):
-        assert path.name == "tiny.py" or f"examples/{path.name}" in pages, path.name
+        assert path.name in ("tiny.py", "kernel_check.py") or f"examples/{path.name}" in pages, path.name
 
 
 def test_tables_of_figures_name_their_file():
-    for name in ("docs/top-k.md", "docs/heads-and-sharding.md", "docs/benchmarks.md"):
+    for name in ("docs/heads-and-sharding.md", "docs/benchmarks.md"):
         assert re.search(r"\]\(\.\./(benchmarks/results|tests)/", TEXTS[name]), name
 
 
@@ -257,17 +257,6 @@ def _table(page: str, header: str) -> list[list[str]]:
             return rows
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return rows
-
-
-def test_table_of_top_k_is_that_of_its_file():
-    found = json.loads((ROOT / "benchmarks" / "results" / "support.json").read_text())["policies"]
-    rows = {}
-    for name, values in found.items():
-        shares, kept = values["sced_share"], values["probability"]
-        median = sorted(values["support"])[len(kept) // 2]
-        mean, least = 100 * sum(shares) / len(shares), 100 * min(shares)
-        rows[name] = [str(median), f"{mean:.2f} %", f"{least:.1f} %", f"{100 * sum(kept) / len(kept):.0f} %"]
-    assert {name: cells for name, *cells in _table("docs/top-k.md", "policy")} == rows
 
 
 def test_table_of_memory_follows_from_the_chunks():
