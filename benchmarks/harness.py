@@ -1,7 +1,7 @@
 """The report and the block of the committed run of the harness; nothing is measured here.
 
-The run itself is `caref-harness run smollm2 --results DIR`; `caref-harness report --results DIR` writes the rows of a run
-into report.csv, which is committed.
+The run itself is `caref-harness run smollm2 --results DIR`; `caref-harness report --results DIR` writes its rows into
+report.csv, which is committed.
 """
 
 from __future__ import annotations
