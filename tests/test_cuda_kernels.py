@@ -98,7 +98,7 @@ DEVICES = {"one block": (1, 2000 * 1024), "several blocks": (16, 100 * 1024), "m
      (torch.float64, 4, 0)],
 )  # fmt: skip
 def test_shared_rows(device, dtype, alpha, beta):
-    """The maximum in the first, a middle and the last block of a row, tied, and not a column."""
+    """The maximum of a row is in its first, in a middle and in its last block, or tied."""
     columns = 40_001
     case = make_case("lm_like", 4, columns, dtype, seed=1, ignored=1)
     logits, labels = case.logits.clone(), case.labels.clone()
