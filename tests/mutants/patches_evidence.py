@@ -26,7 +26,7 @@ EVIDENCE = [
         "gpucheck",
         "assertion_alone or rehearsal",
         ("any-error-notices", "    except AssertionError:\n", "    except Exception:\n"),
-        ("unnoticed-fault-passes", "    pytest.fail(f", "    str(f"),
+        ("unnoticed-fault-passes", "    if name is not None:\n", "    if False:\n"),
         ("fault-is-not-injected", "    if fault is not None:\n", "    if False:\n"),
     ),
     *mutants(
