@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -129,4 +130,6 @@ def _detail(report: pytest.TestReport) -> str:
         text = report.longrepr[2]
     else:
         text = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
-    return " ".join(text.replace(str(ROOT), ".").replace(str(Path.home()), "~").split())[:MOST_CHARACTERS]
+    for folder, name in ((str(ROOT), "."), (sys.prefix, "PREFIX"), (str(Path.home()), "~")):
+        text = text.replace(folder, name)
+    return " ".join(text.split())[:MOST_CHARACTERS]
