@@ -242,8 +242,8 @@ def _plain(item: Any) -> Any:
     return f"'{item}" if isinstance(item, str) and item.startswith(_FORMULA) else item
 
 
-def _as_it_was(text: str) -> str:
-    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
+def _as_it_was(text: str) -> str | None:
+    return None if not text else text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
 
 
 def _escape(text: str) -> str:

@@ -306,4 +306,13 @@ HARNESS = [
         ("harness_runs",),
         "out_of_memory_halves_the_micro",
     ),
+    Mutant(
+        "changed-data-unnoticed",
+        "runs of one split may have other examples",
+        RUNS,
+        'row["split"] != split.hash',
+        "False",
+        ("harness_runs",),
+        "changed_data",
+    ),
 ]
