@@ -18,8 +18,8 @@ LEAST_SECONDS = 20.0
 class Limits:
     """Seconds of one process, and of all together from now on."""
 
-    def __init__(self, budget: float, of_one: float) -> None:
-        self._of_one, self._end = of_one, time.monotonic() + budget
+    def __init__(self, of_all: float, of_one: float) -> None:
+        self._of_one, self._end = of_one, time.monotonic() + of_all
 
     def next(self) -> tuple[float, str | None]:
         """(seconds that the next process may take, why it should not start)."""

@@ -56,7 +56,7 @@ class Suite(NamedTuple):
     implementations: tuple[Implementation, ...]
     parts: tuple[str, ...]
     seconds: float  # measured time of a case
-    budget: float  # seconds of all cases; what is left over is named
+    time_limit: float  # seconds of all cases; what is left over is named
     work: Callable[[Job], dict]  # in the worker
 
 
@@ -183,7 +183,7 @@ def _run(suite: Suite, chosen: tuple, options: argparse.Namespace, results: Resu
         if getattr(options, name) is not None:
             passed += [f"--{name}", str(getattr(options, name))]
     on_cpu = (options.device or suite.device) == "cpu"
-    limits = Limits(options.budget or suite.budget, 400.0 if on_cpu else 150.0)
+    limits = Limits(options.time_limit or suite.time_limit, 400.0 if on_cpu else 150.0)
     for case in chosen:
         for part in suite.parts:
             command = [options.suite, "--worker", part, "--cases", case.name, *passed]
@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("suite", choices=tuple(SUITES), help="what to measure")
     parser.add_argument("--cases", nargs="*", default=[], metavar="NAME", help="all of them by default")
     parser.add_argument("--seconds", type=float, help="measured time per case and part")
-    parser.add_argument("--budget", type=float, help="seconds for all cases; what is left over is named")
+    parser.add_argument("--time-limit", type=float, help="seconds for all cases; what is left over is named")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu tries the suites for a GPU out")
     parser.add_argument("--rows", type=int, default=0, help="rows of every case, to try a command out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and the kernels")

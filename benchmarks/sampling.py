@@ -48,8 +48,8 @@ class Sample(NamedTuple):
 class Clock:
     """Times calls on one device: by the wall clock on a CPU, by events on the stream of a GPU.
 
-    On a GPU the events stand behind a pause in which the host queues everything, and the second-level cache is filled
-    with something else before: what counts is the device's time.
+    On a GPU the events stand behind a pause in which the host queues everything, so that they measure the time of the
+    device alone.  The second-level cache is filled with other data before.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -117,7 +117,7 @@ def test_without_a_gpu_nothing_is_measured(suite):
 def test_the_command_says_what_it_takes():
     command = [sys.executable, "-m", "benchmarks.measure", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert "--budget" in text
+    assert "--time-limit" in text
     assert "--worker" not in text
     assert all(name in text for name in measure.SUITES)
     with pytest.raises(SystemExit, match="cases must be among flan-t5"):
