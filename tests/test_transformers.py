@@ -158,6 +158,16 @@ def test_a_batch_without_a_label_is_left_out_of_an_evaluation(tmp_path):
         check_identity(torch.tensor(metrics[f"eval_{name}"]), torch.tensor(expected[f"eval_{name}"]), "float32", name)
 
 
+def test_an_evaluation_without_the_filter_keeps_such_a_batch(tmp_path):
+    trainer = make_trainer("llama", tmp_path, per_device_eval_batch_size=8, logging_nan_inf_filter=False)
+    attach_caref(trainer, backend=BACKEND)
+    data = [dict(example) for example in trainer.eval_dataset]
+    for example in data[8:]:
+        example["labels"] = torch.full_like(example["labels"], -100)
+    metrics = trainer.evaluate(data)
+    assert all(math.isnan(metrics[f"eval_{name}"]) for name in TERMS)
+
+
 def test_an_evaluation_that_fails_leaves_nothing_behind(tmp_path):
     trainer = make_trainer("llama", tmp_path)
     attach_caref(trainer, backend=BACKEND)

@@ -149,6 +149,7 @@ class TrainerTerms(transformers.TrainerCallback):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         if rows and output.metrics is not None:
             found = torch.cat(rows)
+            found[found[:, -1].isnan()] = torch.nan  # the terms of a batch without a label are 0, its loss is NaN
             finite = found[:, -1].isfinite()
             if self.trainer.args.logging_nan_inf_filter and finite.any():
                 found = found[finite]
