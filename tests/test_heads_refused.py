@@ -57,6 +57,9 @@ def test_heads_that_are_more_than_their_weight_are_refused():
 
     with pytest.raises(ValueError, match=r"got .*Scaled; leave fuse_head False"):
         check_head(Scaled(4, 9))
+    Scaled.__module__ = "bitsandbytes.nn.modules"
+    with pytest.raises(ValueError, match="Scaled, a quantised layer, whose weight is not that of its product; leave"):
+        check_head(Scaled(4, 9))
 
 
 @pytest.mark.parametrize("kind", ["forward", "full_backward", "full_backward_pre"])
@@ -134,6 +137,19 @@ def test_a_model_that_calls_its_head_twice_is_refused():
     with pytest.raises(ValueError, match="Twice calls its output head 2 times in one forward pass; it must be once"):
         apply_caref(model, fuse_head=True)
     apply_caref(model)
+
+
+def test_a_model_that_asks_for_two_losses_is_refused():
+    class Twice(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **options):
+            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+            losses = [self.loss_function(logits, labels, self.vocab_size) for _ in range(2 * (labels is not None))]
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=sum(losses) / 2, logits=logits)
+
+    model = tiny_heads.make("llama")
+    model.__class__ = Twice
+    with pytest.raises(ValueError, match="Twice asks for 2 losses in one forward pass; which is CAREF's is not known"):
+        apply_caref(model)
 
 
 def test_a_head_that_was_replaced_is_fused_all_the_same():

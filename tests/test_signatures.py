@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import caref_kernels
-from caref_kernels import CarefConfig, CarefOutput, EntropyTopK, SCEDLoss, TopK, VocabShard, fused_sced
+from caref_kernels import CarefConfig, CarefOutput, EntropyTopK, SCEDLoss, TopK, VocabShard, config, fused_sced
 from caref_kernels.config import HeadOptions, RowSpec
 
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
@@ -86,6 +86,12 @@ def _with_types(table: dict[str, dict[str, object]]) -> dict[str, dict[str, tupl
 
 def test_defaults_of_the_core():
     assert _defaults_in(caref_kernels, caref_kernels.__all__) == _with_types(CORE)
+
+
+def test_defaults_of_internal_options():
+    mask = {"k_scale": 0.0, "k_min": 0, "k_max": 0}
+    table = {"HeadOptions": HEAD, "RowSpec": mask, "RowSpec.for_columns": {}}
+    assert _defaults_in(config, ["HeadOptions", "RowSpec"]) == _with_types(table)
 
 
 @pytest.mark.parametrize(
