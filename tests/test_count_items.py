@@ -55,7 +55,7 @@ def test_the_default_dtype_does_not_round_the_count():
     ],
 )
 def test_labels_are_checked(labels, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}"):
         count_items(labels)
 
 
@@ -73,7 +73,7 @@ def test_labels_are_checked(labels, error, message):
     ],
 )
 def test_options_are_checked(options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}"):
         count_items(ROWS, **options)
 
 

@@ -255,7 +255,11 @@ WRONG = [
     ({"logit_scale": math.nan}, ValueError, FACTOR.format("logit_scale", "nan")),
     ({"logit_scale": 1e39}, ValueError, FACTOR.format("logit_scale", r"1e\+39")),
     ({"logit_scale": None}, TypeError, "logit_scale must be a Python float or int; got None"),
-    ({"logit_scale": torch.tensor(2.0)}, TypeError, "gradients with respect to logit_scale are not provided"),
+    (
+        {"logit_scale": torch.tensor(2.0)},
+        TypeError,
+        "logit_scale must be .*gradients with respect to logit_scale are not provided",
+    ),
     ({"softcap": 0.0}, ValueError, FACTOR.format("softcap", "0.0")),
     ({"softcap": -30}, ValueError, FACTOR.format("softcap", "-30")),
     ({"softcap": math.inf}, ValueError, FACTOR.format("softcap", "inf")),
@@ -268,7 +272,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "error", "message"), WRONG, ids=[str(options) for options, *_ in WRONG])
 def test_wrong_options_are_refused(options, error, message):
     for call in (lambda: linear_caref_loss(*make_problem(), **options), lambda: LinearCarefLoss(**options)):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=f"^{message}"):
             call()
 
 
