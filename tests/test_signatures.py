@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import caref_kernels
-from caref_kernels import CarefConfig, CarefOutput, EntropyTopK, SCEDLoss, TopK, VocabShard, config, fused_sced
+from caref_kernels import (
+    CarefConfig,
+    CarefOutput,
+    EntropyTopK,
+    SCEDLoss,
+    TopK,
+    VocabShard,
+    config,
+    fused_sced,
+    sparsity,
+)
 from caref_kernels.config import HeadOptions, RowSpec
 
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
@@ -92,6 +102,7 @@ def test_defaults_of_internal_options():
     mask = {"k_scale": 0.0, "k_min": 0, "k_max": 0}
     table = {"HeadOptions": HEAD, "RowSpec": mask, "RowSpec.for_columns": {}}
     assert _defaults_in(config, ["HeadOptions", "RowSpec"]) == _with_types(table)
+    assert _defaults_in(sparsity, ["Budget"]) == _with_types({"Budget": {"scale": 0.0, "k_min": 0, "k_max": 0}})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from caref_kernels import (
     explain,
     fused_sced,
 )
+from caref_kernels.config import HeadOptions
 
 NAN, INF = math.nan, math.inf
 LOGITS = torch.zeros(2, 5)
@@ -170,7 +171,12 @@ CALLS = [
     (lambda: CarefConfig(2.0), TypeError, ".*positional"),
     (lambda: CarefLoss(CarefConfig(), alpha=2.0), TypeError, r".*not both; got \['alpha'\]"),
     (lambda: CarefLoss({"alpha": 2.0}), TypeError, r"config must be a CarefConfig; got \{'alpha': 2.0\}"),
-    (lambda: SCEDLoss(lambda_kl=0.1), TypeError, "SCEDLoss has no option 'lambda_kl'"),
+    *(
+        (lambda name=name: SCEDLoss(**{name: 0.1}), TypeError, f"SCEDLoss has no option '{name}'; it is the SCED term")
+        for name in ("lambda_sced", "lambda_kl", "ignore_index", "return_terms")
+    ),
+    (lambda: EntropyTopK(1.0), TypeError, ".*positional"),
+    (lambda: HeadOptions(1.0), TypeError, ".*positional"),
     (lambda: CarefLoss(alpha=0.5), ValueError, ALPHA.format("0.5")),
 ]
 
@@ -198,6 +204,13 @@ def test_boundaries_are_allowed(backend):
         {"num_items": 1e-3}, {"num_items": torch.tensor(3)},
     ):  # fmt: skip
         assert torch.isfinite(caref_loss(LOGITS, LABELS, backend=backend, **options)), options
+
+
+def test_boundaries_of_other_options_are_allowed():
+    most, tiny, huge = 2**31 - 1, 2.0**-126, 2.0**127
+    assert (TopK(1).k, TopK(most).k, EntropyTopK(k_min=most, k_max=most).k_max) == (1, most, most)
+    assert [HeadOptions(logit_scale=factor).logit_scale for factor in (tiny, huge)] == [tiny, huge]
+    assert HeadOptions(softcap=huge, logit_scale=huge, chunk_rows=1).chunk_rows == 1
 
 
 def test_backend_that_cannot_run_is_an_error():

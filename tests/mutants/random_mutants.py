@@ -91,7 +91,7 @@ def changes_of(path: str, text: str) -> list[Change]:
         for decorator in getattr(node, "decorator_list", ()):
             found.append(change(decorator, "", is_decorator=True))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found += [change(default, new) for default in _defaults(node) for new in _another_default(default)]
+            found += [change(default, "0") for default in _defaults(node)]
     return found
 
 
@@ -167,13 +167,9 @@ def _conditions(node: ast.AST) -> list[ast.expr]:
 
 
 def _defaults(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.expr]:
-    return [default for default in (*node.args.defaults, *node.args.kw_defaults) if default is not None]
-
-
-def _another_default(default: ast.expr) -> list[str]:
-    if isinstance(default, ast.Constant):  # others are changed as every constant is
-        return ["0"] if default.value is None else []
-    return ["None"]
+    """The defaults of its arguments that are no constants, which are changed elsewhere, or ``None``."""
+    defaults = [default for default in (*node.args.defaults, *node.args.kw_defaults) if default is not None]
+    return [default for default in defaults if not isinstance(default, ast.Constant) or default.value is None]
 
 
 def modules() -> list[str]:

@@ -38,4 +38,15 @@ TESTS = {
 }
 
 # (module, line before the change, its new part): why no test can tell the change from the source.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT = {
+    (
+        "config.py",
+        "close = difflib.get_close_matches(name, known, n=1)",
+        "2",
+    ): "only the first of the matches is read",
+    (
+        "sparsity.py",
+        "tie_weight = missing.to(logits.dtype) / equal.sum(-1, keepdim=True).clamp_min(1)",
+        "(1)",
+    ): "the rows are (N, V), so dimension 1 is the last",
+}
