@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import threading
 
@@ -88,7 +89,7 @@ def test_a_second_apply_replaces_the_options_and_removal_undoes_it(kind, fuse_he
 
 def test_what_a_user_has_set_comes_back():
     model = tiny_heads.make("llama")
-    model.loss_function = mine = transformers.loss.loss_utils.ForCausalLMLoss
+    model.loss_function = mine = functools.partial(transformers.loss.loss_utils.ForCausalLMLoss)  # not the default
     model.accepts_loss_kwargs = False
     apply_caref(model)
     apply_caref(model)
