@@ -18,7 +18,6 @@ import tiny_heads  # noqa: E402 - after the guards above
 from tiny_heads import check_same, gradients_of  # noqa: E402
 from tiny_trainers import make_trainer  # noqa: E402
 
-from caref_kernels.integrations import probe  # noqa: E402
 from caref_kernels.integrations.transformers import TERMS, apply_caref, attach_caref, remove_caref  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -48,20 +47,6 @@ def test_a_fused_head_has_the_loss_and_gradients_of_the_logits(kind):
         assert without_terms.logits.shape == (*labels.shape, tiny_heads.VOCABULARY)
     remove_caref(model)
     assert torch.equal(model(**inputs, labels=labels).loss, own)
-
-
-@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"])
-def test_every_name_of_a_factor_of_the_logits_is_tried(name):
-    model = tiny_heads.make("llama")
-    setattr(model.config, name, 2.5)
-    assert probe._candidates(model, probe._FACTORS, True) == [None, 2.5, 0.4]
-
-
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "softcap", "logit_softcap"])
-def test_every_name_of_a_softcap_is_tried(name):
-    model = tiny_heads.make("llama")
-    setattr(model.config, name, 2.5)
-    assert probe._candidates(model, probe._SOFTCAPS, False) == [None, 2.5]
 
 
 @pytest.mark.parametrize("family", tiny_heads.FAMILIES)

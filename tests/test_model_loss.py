@@ -291,33 +291,6 @@ def test_a_masked_language_model_is_scored_without_a_shift():
     check_identity(model(input_ids=tokens, labels=tokens).loss.detach(), expected.detach(), "float32_terms")
 
 
-@pytest.mark.parametrize("asks", [True, False], ids=["asks for its loss", "makes its loss"])
-@pytest.mark.parametrize("shift", [True, False], ids=["shifted", "aligned"])
-def test_the_way_to_a_loss_and_the_shift_are_found_apart(asks, shift):
-    class Model(transformers.LlamaForCausalLM):
-        def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **options):
-            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
-            loss = None
-            if labels is not None:
-                targets = functional.pad(labels, (0, 1), value=-100)[..., 1:] if shift else labels
-                loss = (
-                    self.loss_function(logits, labels, self.vocab_size, shift_labels=targets)
-                    if asks
-                    else functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-                )
-            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
-
-    model = tiny_heads.make("llama")
-    model.__class__ = Model
-    apply_caref(model, backend=BACKEND)
-    assert vars(model)["_caref"].form[:2] == (asks, shift)
-    tokens = torch.arange(3, 12)[None]
-    scored = (slice(None, -1), slice(1, None)) if shift else (slice(None), slice(None))
-    expected = caref_loss(model(input_ids=tokens).logits[0, scored[0]], tokens[0, scored[1]], backend=BACKEND)
-    loss = model(input_ids=tokens, labels=tokens).loss
-    check_identity(loss.detach(), expected.detach(), "float32_terms")
-
-
 def test_losses_that_a_model_adds_itself_are_not_dropped():
     """Encoder-decoder models add router losses in their forward without calling a loss function: they are refused."""
     config = transformers.SwitchTransformersConfig(
