@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,7 @@ def _searched_hooks() -> dict[str, tuple[re.Pattern, re.Pattern]]:
     }
 
 
-SEARCHES = ["commented-decorators", "literal-tolerances", "machine-paths"]
+SEARCHES = ["commented-decorators", "literal-tolerances", "machine-paths", "outside-paths"]
 
 
 @pytest.mark.parametrize("identity", SEARCHES)
@@ -79,6 +79,7 @@ def test_banned_patterns_do_not_occur(identity):
         ("commented-decorators", "# " + "@torch.no_grad()", "@torch.no_grad()"),
         ("literal-tolerances", "torch.testing.assert_close(a, b, at" + "ol=1e-5, rt" + "ol=0)", "GRADCHECK['atol']"),
         ("literal-tolerances", "math.isclose(a, b, rel" + "_tol=1e-5)", "rel_tolerance = 1"),
+        ("outside-paths", "the rows of .." + "/shared/data", "csrc/../csrc"),
         ("machine-paths", "see /ho" + "me/someone/data", "https://host/home/page and <folder>/work/file"),
     ],
 )
@@ -102,6 +103,27 @@ def test_names_and_docstrings_of_tests_carry_no_codes():
 
 
 # ------------------------------------------------------------------------------------------------------------ lengths
+
+
+def _lines(paths: Iterable[Path]) -> int:
+    """Lines of the files that hold text."""
+    contents = (path.read_bytes() for path in paths)
+    return sum(len(content.splitlines()) for content in contents if b"\0" not in content)
+
+
+SIZES = {
+    "README.md": (lambda: [ROOT / "README.md"], 130),
+    "DESIGN.md": (lambda: [ROOT / "DESIGN.md"], 100),
+    "Python in the wheel": (lambda: SOURCES, 10_800),
+    "results": (lambda: [path for path in _committed() if _name(path).startswith("benchmarks/results/")], 6_000),
+    "everything": (_committed, 44_000),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_repository_stays_small(name):
+    paths, most = SIZES[name]
+    assert _lines(paths()) <= most
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *OUTSIDE, *NATIVE], ids=_name)
