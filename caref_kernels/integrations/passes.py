@@ -1,7 +1,7 @@
-"""The forward passes that are running: what the loss and the head of a model need to know of the call they serve.
+"""The forward passes in progress: what the loss and the head of a model need to know of the call that they serve.
 
-Labels, the divisor and the loss of a call belong to the call, never to the model: a copy of a model, a recomputed pass,
-a nested model or a second thread has its own, and nothing is left behind when a call ends, however it ends.
+Labels, divisor and loss belong to a call, never to the model: copies of a model, recomputed passes, nested models and
+threads have their own, and nothing is left behind when a call ends, however it ends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from caref_kernels import CarefConfig, CarefOutput
 
-from .counting import IGNORE_INDEX
+from .counting import IGNORE_INDEX, is_dtensor
 
 TERMS = ("ce", "sced", "kl", "entropy")
 _OPTIONS = tuple(field.name for field in dataclasses.fields(CarefConfig) if field.name != "inplace_backward")
@@ -26,17 +27,17 @@ _OPTIONS = tuple(field.name for field in dataclasses.fields(CarefConfig) if fiel
 
 def name_of(model: nn.Module) -> str:
     """The name of its class, without the one that ``fully_shard`` puts before it."""
-    return next(kind.__name__ for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed"))
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
-    return type(value).__name__ == "DTensor"
+    return next(base.__name__ for base in type(model).__mro__ if not base.__module__.startswith("torch.distributed"))
 
 
 def whole(value: Tensor) -> Tensor:
-    """``value`` with the parts of all ranks."""
+    """A plain tensor with the parts of all ranks, which passes a replicated gradient back to a DTensor."""
     return value.full_tensor() if is_dtensor(value) else value
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """The label at i + 1 for each position i of (..., T); nothing is predicted at the last position."""
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 class LogitForm(NamedTuple):
@@ -44,7 +45,7 @@ class LogitForm(NamedTuple):
 
     scale: float = 1.0
     softcap: float | None = None
-    bias_name: str | None = None  # of a buffer of the model, which it adds to the logits
+    bias_name: str | None = None  # a buffer of the model, which it adds to the logits
 
     def apply(self, output: Tensor, model: nn.Module) -> Tensor:
         """The logits, computed in float64."""
@@ -56,15 +57,15 @@ class LogitForm(NamedTuple):
 
 
 class LossForm(NamedTuple):
-    """How a model makes its loss, as a trial showed it.
+    """How a model computes its loss, as a probe run showed it.
 
     Attributes:
-        asks: whether the model calls ``self.loss_function``; otherwise its loss is put into the outputs.
+        calls_loss_function: whether the model calls ``self.loss_function``; otherwise its loss is put into the outputs.
         shift: whether the logits at position i are scored with the label at i + 1.
         logits: what the model makes of its head's output; ``None`` where no head is to be fused.
     """
 
-    asks: bool
+    calls_loss_function: bool
     shift: bool
     logits: LogitForm | None
 
@@ -89,7 +90,7 @@ class PassTerms(NamedTuple):
     divided: bool
 
 
-class Pass:
+class ForwardPass:
     """One forward pass of ``model`` with labels."""
 
     def __init__(self, model: nn.Module, config: CarefConfig, form: LossForm, kwargs: dict[str, Any]) -> None:
@@ -97,29 +98,28 @@ class Pass:
         self.labels: Tensor | None = kwargs.get("labels")
         self.shift_labels: Tensor | None = kwargs.get("shift_labels")
         self.num_items: Tensor | float | None = kwargs.get("num_items_in_batch")
-        self.head: nn.Module | None = None  # makes the loss of this pass in place of logits
-        self.made: Tensor | None = None  # the loss that the head has made
-        self.was_asked = False  # whether the model has asked for its loss
+        self.head: nn.Module | None = None  # the head that computes the loss, if it is fused
+        self.head_loss: Tensor | None = None
+        self.called_loss_function = False
 
     def targets(self, device: torch.device) -> Tensor:
-        """The label of each position (B, T): ``shift_labels`` as they are, or ``labels``, moved by one if need be."""
+        """The label of each position (B, T): ``shift_labels`` as they are, or ``labels``, shifted if need be."""
         if self.shift_labels is not None:
             return self.shift_labels.to(device)
-        labels = self.labels.to(device)
-        # Moving the labels costs eight bytes a row, moving the logits a copy of them.
-        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.form.shift else labels
+        # Shifting the labels costs eight bytes a row, shifting the logits a copy of them.
+        return shifted(self.labels.to(device)) if self.form.shift else self.labels.to(device)
 
     def divisor(self, device: torch.device) -> Tensor | float | None:
         """``num_items_in_batch`` on the device of the loss."""
         number = self.num_items
         return number.to(device, non_blocking=True) if isinstance(number, Tensor) else number
 
-    def keywords(self, device: torch.device) -> dict[str, Any]:
-        """The options and the divisor of a loss on ``device``, as every function for losses takes them."""
+    def loss_options(self, device: torch.device) -> dict[str, Any]:
+        """The options and the divisor of a loss on ``device``, as keywords of the loss functions."""
         return {name: getattr(self.config, name) for name in _OPTIONS} | {"num_items": self.divisor(device)}
 
     def finish(self, out: CarefOutput) -> Tensor:
-        """The loss of ``out``, after its terms went to whoever records them.
+        """Record the terms of ``out`` and return its loss.
 
         An evaluation batch without a label has the loss NaN, as with torch's cross-entropy, so that averages leave it
         out; in training such a step has the loss and the gradient 0.
@@ -127,11 +127,11 @@ class Pass:
         loss = out.loss
         number = self.divisor(loss.device)
         if number is not None and not torch.is_grad_enabled():
-            is_empty = (
-                number == 0 if isinstance(number, Tensor) else torch.full_like(loss, number == 0, dtype=torch.bool)
-            )
-            loss = torch.where(is_empty, torch.nan, loss)
-        if _running.recorders:
+            is_zero = number == 0
+            if not isinstance(number, Tensor):
+                is_zero = torch.full_like(loss, is_zero, dtype=torch.bool)
+            loss = torch.where(is_zero, torch.nan, loss)
+        if _thread.recorders:
             self._record(out, loss, number)
         return loss
 
@@ -141,20 +141,23 @@ class Pass:
         divisor = valid if number is None else number
         correct = torch.full_like(loss, torch.nan) if out.accuracy is None else out.accuracy * divisor
         terms = PassTerms(values, loss.detach(), valid, correct, self.labels.size(0), number is not None)
-        for recorder in _running.recorders:
+        for recorder in _thread.recorders:
             recorder.append(terms)
 
 
-class Trial:
-    """A forward pass of ``model`` that shows what it does with its labels and with its head's output."""
+class ProbeRun:
+    """A forward pass that shows what ``model`` does with its labels and with the output of ``head``.
+
+    ``replacement`` (V,) takes the place of every row of that output.
+    """
 
     def __init__(self, model: nn.Module, head: nn.Module | None = None, replacement: Tensor | None = None) -> None:
         self.model, self.head, self.replacement = model, head, replacement
-        self.outputs: list[Tensor] = []  # of the head
+        self.outputs: list[Tensor] = []  # of every call of the head
         self.losses: list[tuple[Tensor, Tensor]] = []  # logits and loss of every call of the model's loss function
 
     def observe_head(self, output: Tensor) -> Tensor:
-        """Note what the head has made, and pass it on, or the replacement."""
+        """Note the output of the head, and return it or its replacement."""
         self.outputs.append(whole(output))
         if self.replacement is None:
             return output
@@ -165,53 +168,53 @@ class Trial:
             return distribute_tensor(replacement, output.device_mesh, output.placements)
         return replacement
 
-    def observe_loss(self, original: Any, logits: Tensor, labels: Tensor | None, **kwargs: Any) -> Any:
-        """Call the model's own loss function, and note the result."""
+    def observe_loss(self, original: Callable, logits: Tensor, labels: Tensor | None, **kwargs: Any) -> Any:
+        """Call the model's original loss function, and note its logits and its result."""
         logits = whole(logits)
         loss = original(logits=logits, labels=labels, **kwargs)
         self.losses.append((logits, loss.clone()))  # the model may add a router loss in place
         return loss
 
 
-class _Running(threading.local):
+class _Thread(threading.local):
     def __init__(self) -> None:
-        self.passes: list[Any] = []
+        self.passes: list[ForwardPass | ProbeRun] = []
         self.recorders: list[list[PassTerms]] = []
 
 
-_running = _Running()
+_thread = _Thread()
 
 
 @contextlib.contextmanager
-def running(one: Any) -> Iterator[None]:
-    """``one`` is the innermost pass of this thread inside the block."""
-    _running.passes.append(one)
+def _appended(items: list, item: Any) -> Iterator[Any]:
+    items.append(item)
     try:
-        yield
+        yield item
     finally:
-        _running.passes.pop()
+        items[:] = [other for other in items if other is not item]  # two empty lists are equal
 
 
-def innermost() -> Any:
+def running(forward_pass: ForwardPass | ProbeRun) -> AbstractContextManager:
+    """Make ``forward_pass`` the current pass of this thread inside of the block."""
+    return _appended(_thread.passes, forward_pass)
+
+
+def current_pass() -> ForwardPass | ProbeRun | None:
     """The innermost pass of this thread, or ``None``."""
-    return _running.passes[-1] if _running.passes else None
+    return _thread.passes[-1] if _thread.passes else None
 
 
-@contextlib.contextmanager
-def record_terms() -> Iterator[list[PassTerms]]:
-    """A list of the terms of every pass that this thread makes inside the block with a model of ``apply_caref``.
+def record_terms() -> AbstractContextManager[list[PassTerms]]:
+    """Record the terms of every pass that this thread makes inside the block with a model of ``apply_caref``.
 
         with record_terms() as passes:
             loss = model(**batch).loss
         print(passes[0].values)                # ce, sced, kl and entropy, as reduced as the loss
 
-    Nothing is read back from the device, and nothing outlives the list.  The model may be compiled; the ``with`` may
-    not be inside of what is compiled.
+    Nothing is read back from the device, and only the list keeps the terms.  The model may be compiled; the ``with``
+    statement may not be part of what is compiled.
+
+    Returns:
+        A context manager of a list, to which each pass appends its :class:`PassTerms`.
     """
-    recorder: list[PassTerms] = []
-    _running.recorders.append(recorder)
-    try:
-        yield recorder
-    finally:
-        # By identity: two empty lists are equal.
-        _running.recorders[:] = [other for other in _running.recorders if other is not recorder]
+    return _appended(_thread.recorders, [])

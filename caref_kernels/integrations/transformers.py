@@ -1,16 +1,11 @@
-"""The CAREF loss as a transformers model's own: ``model(**batch).loss`` is it, in every training script.
+"""The CAREF loss as a transformers model's own: every training script gets it as ``model(**batch).loss``.
 
     apply_caref(model, lambda_sced=0.1, lambda_kl=0.1)
-    loss = model(**batch).loss      # Trainer, TRL, Accelerate, Lightning, DDP, FSDP2, DeepSpeed, or a loop of your own
+    loss = model(**batch).loss      # Trainer, TRL, Accelerate, Lightning, DDP, FSDP2, DeepSpeed, or a plain loop
 
-``labels``, ``shift_labels`` and ``num_items_in_batch`` mean what they mean to transformers.  With ``fuse_head=True`` a
-training pass makes no logits: its outputs have none.  Evaluation, ``generate`` and calls without labels are the model's
-own.  In a Trainer, ``attach_caref(trainer)`` applies the loss, checks what the Trainer would contradict and logs the
-terms.
-
-Who divides: the loss is the sum over the valid rows divided by ``num_items_in_batch``, or by their number in this batch
-if it is not given.  Accumulation steps and ranks that average gradients need a number that counts all of them:
-:func:`caref_kernels.integrations.count_items` makes it.
+``labels``, ``shift_labels`` and ``num_items_in_batch`` mean what they mean to transformers: the loss is the sum over
+the valid rows divided by ``num_items_in_batch`` (:func:`caref_kernels.integrations.count_items`), or by the number of
+valid rows of the batch.  Evaluation, ``generate`` and calls without labels are the model's own.
 
 Tested with transformers 5.17 to 5.23.
 """
@@ -35,11 +30,11 @@ except ImportError as error:
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
     raise ImportError(f"{_NEEDS}; got {transformers.__version__}")
 
-from .heads import HeadForward, all_heads, check_head, current_head, install, uninstall  # noqa: E402 - after the check
+from .heads import HeadForward, all_heads, check_head, current_head  # noqa: E402 - after the check
 from .model_loss import STATE, LossFunction, ModelForward, ModelLoss, refuse_fused_lm_head  # noqa: E402
 from .passes import IGNORE_INDEX, TERMS, PassTerms, record_terms  # noqa: E402
-from .probe import can_try, find_form  # noqa: E402
-from .trainer import TrainerTerms  # noqa: E402
+from .probe import can_probe, find_form  # noqa: E402
+from .trainer import TrainerTerms, check_trainer  # noqa: E402
 
 __all__ = ["TERMS", "PassTerms", "apply_caref", "attach_caref", "record_terms", "remove_caref"]
 
@@ -54,45 +49,45 @@ def apply_caref(
 ) -> nn.Module:
     """Make the CAREF loss the loss of ``model``, in place.
 
-    The model is tried on one batch first: how it makes its loss, whether it moves labels by one position and what it
-    does to its head's output is observed, in evaluation mode and without gradients.  A model whose weights are sharded
-    is tried in its first forward pass with labels instead, on every rank.  Parameters, buffers, configuration,
-    ``state_dict`` and ``save_pretrained`` are not changed; ``copy.deepcopy`` and ``torch.save`` keep the loss.  A
-    second call replaces the options of the first without another trial, so that a schedule may call it in every step.
+    A probe run on one batch, in evaluation mode and without gradients, shows how the model computes its loss, whether
+    it shifts labels by one position and what it does to its head's output.  A model whose weights are sharded is probed
+    in its first forward pass with labels instead, on every rank.  Parameters, buffers, configuration, ``state_dict``
+    and ``save_pretrained`` are not changed; ``copy.deepcopy`` and ``torch.save`` keep the loss.  A second call replaces
+    the options of the first without another probe run, so that a schedule may call it in every step.
 
     Args:
         model: a transformers model that returns a loss for ``labels``: causal or encoder-decoder, also inside of PEFT,
             DistributedDataParallel, a DeepSpeed engine or ``torch.compile``; before or after ``fully_shard``.
         config: a :class:`caref_kernels.CarefConfig`, or give its fields as keywords.
-        fuse_head: compute the loss of a training pass from the head's input, without logits; see
+        fuse_head: compute the loss of a training pass from the head's input; its outputs have no logits.  See
             :func:`caref_kernels.linear_caref_loss` for precision and memory.
         probe_batch: the inputs of one forward pass with labels, for models that cannot run on four tokens alone.
         options: e.g. ``apply_caref(model, lambda_sced=0.05)``.
+
     Returns:
         ``model`` itself.
+
     Raises:
-        TypeError: ``model`` is not a transformers model.
-        TypeError, ValueError: as :class:`caref_kernels.CarefConfig`; and for an option that a model contradicts.
-        ValueError: the model's own loss is not cross-entropy of its logits, or its head cannot be fused; the message
-            gives the reason.
+        TypeError: ``model`` is not a transformers model; or as :class:`caref_kernels.CarefConfig`.
+        ValueError: the model's own loss is not cross-entropy of its logits, its head cannot be fused, or an option
+            contradicts the model, with the reason in the message; or as :class:`caref_kernels.CarefConfig`.
     """
     if not isinstance(fuse_head, bool):
         raise TypeError(f"fuse_head must be True or False; got {fuse_head!r}")
     base = base_model(model)
-    state = ModelLoss(checked_config(config, options), fuse_head)
-    before = vars(base).get(STATE)
-    if before is None:
-        _install(base, state)
+    config = checked_config(config, options)
+    state = vars(base).get(STATE)
+    if state is None:
+        state = _install(base, config, fuse_head)
     else:
-        state.accepted_loss_kwargs = before.accepted_loss_kwargs
-        state.form = before.form if before.fuse_head or not fuse_head else None
-        vars(base)[STATE] = state
+        form = state.form if state.fuse_head or not fuse_head else None
+        state = vars(base)[STATE] = dataclasses.replace(state, config=config, fuse_head=fuse_head, form=form)
     try:
         if fuse_head:
             check_head(current_head(base))
             for head in all_heads(base):
-                install(head, HeadForward)
-        if state.form is None and can_try(base):
+                HeadForward.install(head)
+        if state.form is None and can_probe(base):
             state.form = find_form(base, state, probe_batch)
     except BaseException:
         remove_caref(base)
@@ -100,28 +95,46 @@ def apply_caref(
     return model
 
 
+def _install(base: transformers.PreTrainedModel, config: CarefConfig, fuse_head: bool) -> ModelLoss:
+    replaced = {name: vars(base)[name] for name in ("_loss_function", "accepts_loss_kwargs") if name in vars(base)}
+    vars(base)[STATE] = state = ModelLoss(config, fuse_head, None, replaced)
+    base.loss_function = LossFunction(base, base.loss_function)
+    base.accepts_loss_kwargs = True  # num_items_in_batch, whatever the signature of its forward
+    ModelForward.install(base)
+    base.register_forward_pre_hook(refuse_fused_lm_head, with_kwargs=True)
+    return state
+
+
 def remove_caref(model: nn.Module) -> nn.Module:
-    """Give ``model`` its own loss back; nothing happens if it has it.  Returns ``model``."""
+    """Restore the loss that ``model`` had before :func:`apply_caref`, if it was applied.
+
+    Args:
+        model: as in :func:`apply_caref`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+    """
     base = base_model(model)
     state = vars(base).pop(STATE, None)
     if state is None:
         return model
-    uninstall(base, ModelForward)
+    ModelForward.uninstall(base)
     for head in all_heads(base):
-        uninstall(head, HeadForward)
+        HeadForward.uninstall(head)
     for key, hook in list(base._forward_pre_hooks.items()):
         if hook is refuse_fused_lm_head:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
+    restored = dict(state.replaced)
     if isinstance(base.loss_function, LossFunction):
-        own = base.loss_function.own
-        if own is None:
-            del base._loss_function
-        else:
-            base.loss_function = own
+        del base._loss_function
+    else:  # another one was set since
+        restored.pop("_loss_function", None)
     vars(base).pop("accepts_loss_kwargs", None)
-    if state.accepted_loss_kwargs is not None:
-        base.accepts_loss_kwargs = state.accepted_loss_kwargs
+    vars(base).update(restored)
     return model
 
 
@@ -135,29 +148,33 @@ def attach_caref(
 ) -> None:
     """Let ``trainer`` train and evaluate with the CAREF loss, and log its terms.
 
-    Call it once, between making the trainer and ``train()``.  It is :func:`apply_caref` on the trainer's model, and on
-    every model that ``model_init`` makes, with what only a Trainer needs:
+    Call it once, between making the trainer and ``train()``.  It applies :func:`apply_caref` to the trainer's model and
+    to every model that ``model_init`` makes, and adds what a Trainer needs:
 
     - The loss is divided by ``num_items_in_batch``, the labels of all accumulation steps of all processes, for every
       kind of model, so that 1 x 16 and 4 x 4 examples give the same step.
     - Each record of the training loss gets ``ce``, ``sced``, ``kl`` and ``entropy`` (per item, over the same steps),
-      each evaluation and prediction ``eval_ce`` and so on.  The terms come from the pass that made the loss, are added
-      on the device and read once per record, in a collective that every process reaches.  A metric of the same name is
-      kept.
+      each evaluation and prediction ``eval_ce`` and so on.  The terms come from the pass that computed the loss, are
+      added on the device and read once per record, in a collective that every process reaches.  A metric of the same
+      name is kept.
 
     Args:
         trainer: a ``Trainer``, ``Seq2SeqTrainer`` or subclass whose ``compute_loss`` calls the model with its labels.
-        config, fuse_head, probe_batch, options: as in :func:`apply_caref`.
+        config: as in :func:`apply_caref`.
+        fuse_head: as in :func:`apply_caref`.
+        probe_batch: as in :func:`apply_caref`.
+        options: as in :func:`apply_caref`.
+
     Raises:
-        TypeError: ``trainer`` is not a transformers Trainer.
+        TypeError: ``trainer`` is not a transformers Trainer; or as :func:`apply_caref`.
         ValueError: the trainer has something that would replace the model's loss or scale it wrongly:
             ``compute_loss_func``, ``label_smoothing_factor``, ``use_liger_kernel``, ``nn.DataParallel``, context or
-            sequence parallelism; or as in :func:`apply_caref`.
-        RuntimeError: in training, if a ``compute_loss`` never asks the model for its loss.
+            sequence parallelism; or as :func:`apply_caref`.
+        RuntimeError: in training, if a ``compute_loss`` never calls the model with its labels.
     """
     if not isinstance(trainer, transformers.Trainer):
         raise TypeError(f"trainer must be a transformers Trainer; got {type(trainer).__name__}")
-    TrainerTerms.check(trainer)
+    check_trainer(trainer)
     config = checked_config(config, options)
 
     def apply(model: nn.Module) -> nn.Module:
@@ -168,16 +185,13 @@ def attach_caref(
 
 
 def checked_config(config: CarefConfig | None, options: Mapping[str, Any]) -> CarefConfig:
-    """The configuration of a model's loss.
-
-    Raises:
-        TypeError, ValueError: see :func:`apply_caref`.
-    """
-    if config is not None and options:
+    """The configuration of a model's loss; raises the errors of :func:`apply_caref`."""
+    if config is None:
+        config = CarefConfig(**options)
+    elif options:
         raise TypeError(f"give either a CarefConfig or options, not both; got {sorted(options)} besides the config")
-    if config is not None and not isinstance(config, CarefConfig):
+    elif not isinstance(config, CarefConfig):
         raise TypeError(f"config must be a CarefConfig; got {config!r}")
-    config = CarefConfig(**options) if config is None else config
     for name, value, reason in (
         ("reduction", "mean", "a model returns one number, and its callers set the divisor"),
         ("ignore_index", IGNORE_INDEX, "transformers' models and Trainer count the labels that differ from it"),
@@ -189,11 +203,7 @@ def checked_config(config: CarefConfig | None, options: Mapping[str, Any]) -> Ca
 
 
 def base_model(model: nn.Module) -> transformers.PreTrainedModel:
-    """The transformers model inside of ``model``: below compilation, engines, data parallelism and PEFT.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The transformers model below compilation, engines, data parallelism and PEFT, or TypeError if there is none."""
     base = model
     while not isinstance(base, transformers.PreTrainedModel):
         inner = getattr(base, "_orig_mod", None)
@@ -204,12 +214,3 @@ def base_model(model: nn.Module) -> transformers.PreTrainedModel:
             raise TypeError(f"model must be a transformers model, or a wrapper of one; got {type(model).__name__}")
         base = inner
     return base
-
-
-def _install(base: transformers.PreTrainedModel, state: ModelLoss) -> None:
-    state.accepted_loss_kwargs = vars(base).get("accepts_loss_kwargs")
-    vars(base)[STATE] = state
-    base.loss_function = LossFunction(base, base.loss_function, vars(base).get("_loss_function"))
-    base.accepts_loss_kwargs = True  # num_items_in_batch, whatever the signature of its forward
-    install(base, ModelForward)
-    base.register_forward_pre_hook(refuse_fused_lm_head, with_kwargs=True)

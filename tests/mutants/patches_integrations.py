@@ -1,4 +1,4 @@
-"""Mutants of the loss as a model's own: its passes, heads, trial, and the records of trainers."""
+"""Mutants of the loss as a model's own: its passes, heads, probe runs, and the records of trainers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTEGRATIONS: list[Mutant] = [
         "model_loss",
         "num_items or without_a_label or shift_labels or terms_of",
         ("divisor-ignored", "number = self.num_items\n", "number = None\n"),
-        ("labels-not-shifted", "value=IGNORE_INDEX)[..., 1:] if self", "value=IGNORE_INDEX)[..., :-1] if self"),
+        ("labels-not-shifted", "value=IGNORE_INDEX)[..., 1:]", "value=IGNORE_INDEX)[..., :-1]"),
         ("shift-labels-ignored", "if self.shift_labels is not None:", "if False:"),
         ("evaluation-without-labels-is-0", "and not torch.is_grad_enabled():", "and False:"),
         (
@@ -37,47 +37,43 @@ INTEGRATIONS: list[Mutant] = [
         "outlives or threads or inside",
         (
             "pass-not-unwound",
-            "    try:\n        yield\n    finally:\n        _running.passes.pop()",
-            "    yield\n    _running.passes.pop()",
+            "    try:\n        yield item\n    finally:\n        items[:]",
+            "    yield item\n    if True:\n        items[:]",
         ),
-        ("passes-shared-by-threads", "class _Running(threading.local):", "class _Running:"),
+        ("passes-shared-by-threads", "class _Thread(threading.local):", "class _Thread:"),
     ),
     *mutants(
         "a head fused where it must not be, or with something lost",
         HEADS,
         "heads heads_refused",
         "fused_head or untouched or hook or peft or adapters or autocast or replaced",
-        ("any-head-fused", "if one is None or one.head is not module:", "if one is None:"),
+        ("any-head-fused", "if forward_pass is None or forward_pass.head is not module:", "if forward_pass is None:"),
         ("frozen-copy-of-the-head", "return head.modules_to_save[adapters[0]] if", "return head.original_module if"),
-        ("hooks-accepted", "    if unknown:\n", "    if False:\n"),
+        ("hooks-accepted", "        if not module.startswith(TRUSTED_HOOKS):\n", "        if False:\n"),
         (
             "constant-bias-lost",
             "    if form.bias_name is not None:\n        constant",
             "    if False:\n        constant",
         ),
         ("softcap-lost", '"softcap": form.softcap}', '"softcap": None}'),
-        ("scale-of-the-gradient-lost", "(zero - zero.detach()) / one.form.logits.scale", "(zero - zero.detach())"),
-        ("replaced-head-not-fused", "    if not isinstance(inner, kind):\n", "    if False:\n"),
+        ("scale-of-the-gradient-lost", " / forward_pass.form.logits.scale", ""),
+        ("replaced-head-not-fused", "        if not isinstance(inner, cls):\n", "        if False:\n"),
     ),
     *mutants(
         "a model whose loss is not made, or made twice",
         MODEL_LOSS,
         "model_loss model_life heads",
         "fused_head or untouched or adds_itself or replaced_afterwards or loss_function_by or tuple or decoder_inputs",
-        ("fused-in-evaluation", "state.fuse_head and model.training and torch", "state.fuse_head and torch"),
-        (
-            "fused-without-gradients",
-            "model.training and torch.is_grad_enabled():\n            one.head",
-            "model.training:\n            one.head",
-        ),
-        ("own-losses-dropped", "        if dropped:\n", "        if False:\n"),
-        ("unasked-loss-accepted", "    elif not one.was_asked:\n", "    elif False:\n"),
-        ("tuple-forgotten", "return output if wants_dict else output.to_tuple()", "return output"),
+        ("fused-in-evaluation", "self.fuse_head and model.training and torch", "self.fuse_head and torch"),
+        ("fused-without-gradients", "model.training and torch.is_grad_enabled()", "model.training"),
+        ("added-losses-dropped", "        if lost:\n", "        if False:\n"),
+        ("uncalled-loss-function-accepted", "    elif not forward_pass.called_loss_function:\n", "    elif False:\n"),
+        ("tuple-forgotten", "return output if returns_dict else output.to_tuple()", "return output"),
         ("logits-kept", '        changed["logits"] = None\n', "        pass\n"),
-        ("labels-for-decoder-inputs", "= decoder_inputs(model, labels)", "= labels.clamp_min(0)"),
+        ("labels-for-decoder-inputs", "= _decoder_inputs(model, labels)", "= labels.clamp_min(0)"),
     ),
     *mutants(
-        "a trial that sees nothing",
+        "a probe run that sees nothing",
         PROBE,
         "heads heads_refused model_loss",
         "trial_notices or twice or masked_language or left or cannot_have or gemma2",
@@ -86,7 +82,7 @@ INTEGRATIONS: list[Mutant] = [
             "        if error <= allowed:\n            return form",
             "        if True:\n            return form",
         ),
-        ("head-calls-uncounted", "    if len(first.outputs) != 1:\n", "    if False:\n"),
+        ("head-calls-uncounted", "    if len(first_run.outputs) != 1:\n", "    if False:\n"),
         ("always-shifted", "    shift = min(errors, key=errors.get)\n", "    shift = True\n"),
         ("modes-not-restored", "            module.training = training\n", "            pass\n"),
         ("ramp-within-the-softcap", "REACH = 300.0", "REACH = 1e-4"),
@@ -96,7 +92,7 @@ INTEGRATIONS: list[Mutant] = [
         TRANSFORMERS,
         "model_life heads heads_refused",
         "removal or untouched or user_has_set or trial_notices",
-        ("head-left-wrapped", "        uninstall(head, HeadForward)\n", "        pass\n"),
+        ("head-left-wrapped", "        HeadForward.uninstall(head)\n", "        pass\n"),
         ("hook-left", "        if hook is refuse_fused_lm_head:\n", "        if False:\n"),
         ("failed-apply-left", "        remove_caref(base)\n        raise\n", "        raise\n"),
         ("attribute-left", '    vars(base).pop("accepts_loss_kwargs", None)\n', ""),
@@ -106,7 +102,7 @@ INTEGRATIONS: list[Mutant] = [
         TRAINER,
         "transformers",
         "record or evaluation or never_asks or asks_for_a_record or processes or model_init or metric or left_out",
-        ("steps-not-divided", "scale = self._scale(sums.divided) / steps", "scale = self._scale(sums.divided)"),
+        ("steps-not-divided", "self.divided) / steps", "self.divided)"),
         ("last-batch-counts-in-full", "self.trainer.gather_function(row", "self.trainer.accelerator.gather(row"),
         (
             "nan-batch-counts",
@@ -118,20 +114,24 @@ INTEGRATIONS: list[Mutant] = [
             'output.metrics.setdefault(f"{prefix}_{name}", value)',
             'output.metrics[f"{prefix}_{name}"] = value',
         ),
-        ("unasked-loss-trains", "        if has_labels and not passes:\n", "        if False:\n"),
+        ("unused-loss-trains", "        if has_labels and not passes:\n", "        if False:\n"),
         (
             "new-models-forgotten",
-            'return self.apply(self.inner["call_model_init"](trial))',
-            'return self.inner["call_model_init"](trial)',
+            'return self.apply(self.original["call_model_init"](trial))',
+            'return self.original["call_model_init"](trial)',
         ),
         (
             "collected-before-the-callbacks",
-            'return self._collect(self.inner_events["on_step_end"](args, state, control), state)',
-            'return self.inner_events["on_step_end"](args, state, self._collect(control, state))',
+            "        control = event(args, state, control)\n"
+            "        steps = state.global_step - self.last_step\n"
+            "        if control.should_log",
+            "        should_log, control = control.should_log, event(args, state, control)\n"
+            "        steps = state.global_step - self.last_step\n"
+            "        if should_log",
         ),
         (
             "processes-forgotten",
-            "return self.trainer.accelerator.num_processes // self.trainer.get_tp_size()",
+            "return trainer.accelerator.num_processes // trainer.get_tp_size()",
             "return 1",
         ),
     ),
@@ -148,8 +148,8 @@ INTEGRATIONS: list[Mutant] = [
         ("accuracy-of-all-rows", "correct / valid if valid", "correct / tokens if valid"),
         (
             "entropy-as-reduced",
-            'terms.values[TERMS.index("entropy")] * number',
-            'terms.values[TERMS.index("entropy")] * 1',
+            "* (terms.valid if num_items is None else num_items)",
+            "* 1",
         ),
     ),
     *mutants(
