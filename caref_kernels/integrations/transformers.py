@@ -206,11 +206,10 @@ def base_model(model: nn.Module) -> transformers.PreTrainedModel:
     """The transformers model below compilation, engines, data parallelism and PEFT, or TypeError if there is none."""
     base = model
     while not isinstance(base, transformers.PreTrainedModel):
-        inner = getattr(base, "_orig_mod", None)
-        if inner is None and hasattr(base, "get_base_model"):
-            inner = base.get_base_model()
-        inner = getattr(base, "module", None) if inner is None else inner
-        if not isinstance(inner, nn.Module):
+        if hasattr(base, "get_base_model"):
+            base = base.get_base_model()
+        else:
+            base = getattr(base, "_orig_mod", getattr(base, "module", None))
+        if not isinstance(base, nn.Module):
             raise TypeError(f"model must be a transformers model, or a wrapper of one; got {type(model).__name__}")
-        base = inner
     return base
