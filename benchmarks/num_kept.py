@@ -35,8 +35,8 @@ def observe(logits: Tensor) -> list[dict]:
     rows = [{"entropy": one} for one in dense.entropy.tolist()]
     for name, policy in POLICIES.items():
         out = _terms(exact, policy)
-        kept = cumulated.gather(-1, out.support.long()[:, None] - 1).squeeze(-1)
-        found = zip(out.support.tolist(), (out.sced / dense.sced).tolist(), kept.tolist(), strict=True)
+        kept = cumulated.gather(-1, out.num_kept.long()[:, None] - 1).squeeze(-1)
+        found = zip(out.num_kept.tolist(), (out.sced / dense.sced).tolist(), kept.tolist(), strict=True)
         for row, (k, *shares) in zip(rows, found, strict=True):
             row[name] = [int(k), *shares]
     return rows

@@ -55,7 +55,7 @@ class LossWorkspace:
         if not isinstance(one.sparsity, EntropyTopK):
             return {"mean_num_kept": min(one.sparsity.k, self.case.vocab)}
         out = caref_loss(self.values, self.labels, sparsity=one.sparsity, return_terms=True)
-        return {"mean_num_kept": float(out.support)}
+        return {"mean_num_kept": float(out.num_kept)}
 
     def forget_oracle(self) -> None:
         """Free the float64 values."""

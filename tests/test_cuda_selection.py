@@ -88,7 +88,7 @@ def test_terms_and_gradients(device, dtype, alpha, beta, policy):
     with BACKEND.device(*DEVICES[device]):
         support = caref_loss(
             logits, labels, sparsity=policy, reduction="none", return_terms=True, backend=NAME, **options
-        ).support
+        ).num_kept
         actual = evaluate(logits, labels, ("loss", "sced"), sparsity=policy, backend=NAME, **options)
     check_evaluation(actual, oracle_given(support, logits, labels, ("loss", "sced"), **options))
 

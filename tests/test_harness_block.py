@@ -42,4 +42,3 @@ def test_the_report_is_what_the_rows_say() -> None:
     found = study()
     assert found is not None
     assert (FOLDER / "report.md").read_text(encoding="utf-8") == found.markdown()
-    assert (FOLDER / "report.csv").read_text(encoding="utf-8") == found.csv()

@@ -102,7 +102,7 @@ def test_defaults_of_internal_options():
     mask = {"k_scale": 0.0, "k_min": 0, "k_max": 0}
     table = {"HeadOptions": HEAD, "RowSpec": mask, "RowSpec.for_columns": {}}
     assert _defaults_in(config, ["HeadOptions", "RowSpec"]) == _with_types(table)
-    assert _defaults_in(sparsity, ["Budget"]) == _with_types({"Budget": {"scale": 0.0, "k_min": 0, "k_max": 0}})
+    assert _defaults_in(sparsity, ["TopKSpec"]) == _with_types({"TopKSpec": {"scale": 0.0, "k_min": 0, "k_max": 0}})
 
 
 @pytest.mark.parametrize(

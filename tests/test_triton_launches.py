@@ -47,7 +47,7 @@ def _call(logits, targets=None, **options):
     """Launch the forward and the backward; nothing is computed, because the driver only records launches."""
     spec = CarefConfig(**options).row_spec(logits.size(-1))._replace(vocab_size=logits.size(-1))
     terms, stats = BACKEND.forward(logits, targets, spec)
-    BACKEND.backward(torch.ones_like(terms), logits, targets, stats, spec, torch.empty_like(logits))
+    BACKEND.gradient(torch.ones_like(terms), logits, targets, stats, spec, torch.empty_like(logits))
 
 
 def _labels(rows):

@@ -32,8 +32,8 @@ class Fault:
     def forward(self, logits: Tensor, targets: Tensor | None, spec) -> tuple[Tensor, Tensor]:
         return self._inner.forward(logits, targets, spec)
 
-    def backward(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec, out) -> None:
-        self._inner.backward(grad_terms, logits, targets, stats, spec, out)
+    def gradient(self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec, out) -> None:
+        self._inner.gradient(grad_terms, logits, targets, stats, spec, out)
 
 
 class TailDropped(Fault):
@@ -42,15 +42,15 @@ class TailDropped(Fault):
     def forward(self, logits, targets, spec):
         return self._inner.forward(_without_last(logits), targets, spec)
 
-    def backward(self, grad_terms, logits, targets, stats, spec, out):
-        self._inner.backward(grad_terms, _without_last(logits), targets, stats, spec, out)
+    def gradient(self, grad_terms, logits, targets, stats, spec, out):
+        self._inner.gradient(grad_terms, _without_last(logits), targets, stats, spec, out)
 
 
 class StrayWrite(Fault):
     """One element is written past the end of the gradient."""
 
-    def backward(self, *arguments):
-        self._inner.backward(*arguments)
+    def gradient(self, *arguments):
+        self._inner.gradient(*arguments)
         out = arguments[-1]
         torch.as_strided(out, (1,), (1,), out.storage_offset() + out.numel()).fill_(1)
 
@@ -76,15 +76,15 @@ class InputChanged(Fault):
 class AuxiliaryDropped(Fault):
     """SCED has no gradient: a hundred thousandth of the gradient of the loss."""
 
-    def backward(self, grad_terms, *rest):
-        self._inner.backward(grad_terms * grad_terms.new_tensor([1.0, 0.0, 1.0]), *rest)
+    def gradient(self, grad_terms, *rest):
+        self._inner.gradient(grad_terms * grad_terms.new_tensor([1.0, 0.0, 1.0]), *rest)
 
 
 class IncomingIgnored(Fault):
     """Rows are scaled by 1, whatever gradient comes in."""
 
-    def backward(self, grad_terms, *rest):
-        self._inner.backward((grad_terms != 0).to(grad_terms.dtype), *rest)
+    def gradient(self, grad_terms, *rest):
+        self._inner.gradient((grad_terms != 0).to(grad_terms.dtype), *rest)
 
 
 class Offset32(Fault):
@@ -147,8 +147,8 @@ class DefaultStream(Fault):
 class ExtraCopy(Fault):
     """The backward pass copies the logits."""
 
-    def backward(self, grad_terms, logits, *rest):
-        self._inner.backward(grad_terms, logits.clone(), *rest)
+    def gradient(self, grad_terms, logits, *rest):
+        self._inner.gradient(grad_terms, logits.clone(), *rest)
 
 
 class Leaking(Fault):
