@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time, without a GPU: their machine code keeps the limits of tiling.py."""
+"""Triton kernels compiled ahead of time, without a GPU: their machine code keeps the limits of tools/limits.py."""
 
 from __future__ import annotations
 

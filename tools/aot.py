@@ -1,6 +1,6 @@
 """``make aot``: compile every Triton kernel for three GPUs, without one, and hold its machine code to its limits.
 
-Prints one line for each kernel; exit code 1 if one of them exceeds a limit of ``tiling.py``.
+Prints one line for each kernel; exit code 1 if one of them exceeds a limit of limits.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from caref_kernels.backends.triton import COMPILER_OPTIONS, INTERPRETED, tiling
 from caref_kernels.config import ONE_PASS_EXPONENTS
 
-from . import sass
+from . import limits, sass
 from .sass import InstructionLimit, MachineCode
 
 ARCHITECTURES = (80, 90, 100)
@@ -99,15 +99,15 @@ def limit(kernel: Kernel) -> InstructionLimit:
     asked = variant(kernel)
     has_loop = kernel.name not in ("combine", "topk")
     return InstructionLimit(
-        tiling.register_limit(kernel.dtype, asked),
-        tiling.stack_limit(kernel.name, asked, kernel.aligned, kernel.dtype),
-        tiling.spill_limit(asked),
-        tiling.instruction_limit(kernel.name, kernel.dtype, asked, kernel.aligned) if has_loop else None,
+        limits.register_limit(kernel.dtype, asked),
+        limits.stack_limit(kernel.name, asked, kernel.aligned, kernel.dtype),
+        limits.spill_limit(asked),
+        limits.instruction_limit(kernel.name, kernel.dtype, asked, kernel.aligned) if has_loop else None,
     )
 
 
 def _sweep_limit(kernel: Kernel, sweep: str) -> float:
-    return tiling.selection_limit(sweep, kernel.dtype, variant(kernel).one_pass, kernel.aligned)
+    return limits.selection_limit(sweep, kernel.dtype, variant(kernel).one_pass, kernel.aligned)
 
 
 def check(kernel: Kernel) -> Result:
