@@ -95,7 +95,7 @@ def compile_kernel(kernel: Kernel) -> bytes:
 
 
 def limit(kernel: Kernel) -> InstructionLimit:
-    """The limits of ``kernel``, from tiling.py; of the selection, instructions are limited by :func:`_sweep_limit`."""
+    """The limits of ``kernel``, from limits.py; of the selection, instructions are limited by :func:`_sweep_limit`."""
     asked = variant(kernel)
     has_loop = kernel.name not in ("combine", "topk")
     return InstructionLimit(
