@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from .config import RowSpec
-from .sparsity import TopKMask, num_kept_tokens, top_k_mask
+from .sparsity import TopKMask, row_num_kept, top_k_mask
 
 # Columns of the per-row terms and statistics that every backend returns.
 TERMS = ("ce", "sced", "kl")
@@ -104,7 +104,7 @@ def with_top_k(rows: ShiftedRows, logits: Tensor, spec: RowSpec) -> ShiftedRows:
     if not spec.is_masked:
         return rows
     row_entropy = entropy(rows.residual, _mean_shift(rows)).detach()
-    return rows._replace(top_k=top_k_mask(logits.detach(), num_kept_tokens(row_entropy, spec.top_k)))
+    return rows._replace(top_k=top_k_mask(logits.detach(), row_num_kept(row_entropy, spec.top_k)))
 
 
 def log_ratio_offset(residual: Tensor, vocab_size: int) -> Tensor:

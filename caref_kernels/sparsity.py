@@ -114,7 +114,7 @@ class TopKMask(NamedTuple):
 
 
 @torch.no_grad()
-def num_kept_tokens(entropy: Tensor, top_k: TopKSpec) -> Tensor:
+def row_num_kept(entropy: Tensor, top_k: TopKSpec) -> Tensor:
     """(N, 1) int64: k of each row from its entropy (N, 1) in nats; NaN gives k_min, and the row is NaN anyway.
 
     ``top_k`` has k_max as a number.

@@ -86,11 +86,11 @@ def test_terms_and_gradients(device, dtype, alpha, beta, policy):
     labels[1], labels[2] = 5000, int(logits[2].argmin())
     options = {"alpha": alpha, "beta": beta}
     with BACKEND.device(*DEVICES[device]):
-        support = caref_loss(
+        num_kept = caref_loss(
             logits, labels, sparsity=policy, reduction="none", return_terms=True, backend=NAME, **options
         ).num_kept
         actual = evaluate(logits, labels, ("loss", "sced"), sparsity=policy, backend=NAME, **options)
-    check_evaluation(actual, oracle_given(support, logits, labels, ("loss", "sced"), **options))
+    check_evaluation(actual, oracle_given(num_kept, logits, labels, ("loss", "sced"), **options))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -346,11 +346,11 @@ def test_masks(drawn, k, other, scale):
     for policy in (TopK(k), EntropyTopK(scale=scale)):
         spec = CarefConfig(sparsity=policy, return_terms=True).row_spec(columns)
         _, stats = ops.forward(logits, valid, spec, backend)
-        support, *mask = stats[valid][:, len(objective.STATISTICS) :].unbind(-1)
-        exact = sparsity.top_k_mask(logits[valid], support.long()[:, None])
-        assert torch.equal(torch.stack([support, *mask], -1), exact.statistics())
-        assert torch.equal(support, support.clamp(1, columns).ceil())
-        check_identity(exact.weight.double().sum(-1), support, "float32")
+        num_kept, *mask = stats[valid][:, len(objective.STATISTICS) :].unbind(-1)
+        exact = sparsity.top_k_mask(logits[valid], num_kept.long()[:, None])
+        assert torch.equal(torch.stack([num_kept, *mask], -1), exact.statistics())
+        assert torch.equal(num_kept, num_kept.clamp(1, columns).ceil())
+        check_identity(exact.weight.double().sum(-1), num_kept, "float32")
     values = [
         fused_sced(logits, valid=valid, sparsity=policy, reduction="none", backend=backend)
         for policy in (TopK(smaller), TopK(larger), TopK(columns), None)

@@ -221,7 +221,7 @@ def test_entropy_to_num_kept():
     entropies = torch.tensor([0.0, 1e-12, 1.0, math.log(7), 5.0, 700.0, math.inf, math.nan, -1.0], dtype=torch.float64)
     budget = sparsity.TopKSpec(0.5, 2, 40)
     expected = [2, 2, 2, 4, 40, 40, 40, 2, 2]
-    assert sparsity.num_kept_tokens(entropies[:, None], budget).flatten().tolist() == expected
+    assert sparsity.row_num_kept(entropies[:, None], budget).flatten().tolist() == expected
     compiled = pytest.importorskip("caref_kernels._C").row_math
     assert [compiled.row_num_kept(entropy, *budget) for entropy in entropies.tolist()] == expected
 

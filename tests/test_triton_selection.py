@@ -100,9 +100,9 @@ def test_values_of_searched_rows_triton(alpha, beta):
         case.logits.to(DEVICE), case.labels.to(DEVICE), sparsity=EntropyTopK(), alpha=alpha, beta=beta, backend="triton"
     )
     spec = CarefConfig(sparsity=EntropyTopK(), return_terms=True).row_spec(700)
-    support = ops.forward(case.logits.to(DEVICE), None, spec, "triton")[1][:, len(objective.STATISTICS)]
-    assert support.min() > 300
-    check_evaluation(actual, oracle_given(support.cpu(), *case, alpha=alpha, beta=beta))
+    num_kept = ops.forward(case.logits.to(DEVICE), None, spec, "triton")[1][:, len(objective.STATISTICS)]
+    assert num_kept.min() > 300
+    check_evaluation(actual, oracle_given(num_kept.cpu(), *case, alpha=alpha, beta=beta))
 
 
 def test_more_rows_than_programs_triton(monkeypatch):

@@ -19,7 +19,7 @@ from .. import backends, objective
 from ..checks import check_label_range, valid_labels
 from ..config import CarefConfig, RowSpec
 from ..objective import MAX_COLUMNS, accumulation_dtype
-from ..sparsity import num_kept_tokens
+from ..sparsity import row_num_kept
 from .collectives import Collectives, GroupCollectives, distributed, fingerprint, gather_integers
 from .dtensors import is_dtensor, shard_axis
 from .local_stats import (
@@ -250,7 +250,7 @@ class ShardedRows(NamedTuple):
 
     def _top_k(self, logits: Tensor, labels: Tensor, row: RowTotals) -> TopKStats:
         """The k-th largest logit of the whole row, among the k largest of every rank; exact, also with ties."""
-        wanted = num_kept_tokens(objective.entropy(row.residual, row.mean_shift)[:, None], self.spec.top_k)
+        wanted = row_num_kept(objective.entropy(row.residual, row.mean_shift)[:, None], self.spec.top_k)
         most = max(int(wanted.max()), 1) if wanted.numel() else 1
         values = torch.where((labels != IGNORED)[:, None], logits.to(row.dtype), 0.0)
         best = values.topk(min(most, logits.size(1)), -1).values

@@ -22,7 +22,7 @@ SPARSE = [
         "k off by one; ties broken another way; k from NaN",
         SPARSITY,
         "sparsity",
-        "reference and (topk or one_token or heavy_ties or fewer_finite_logits or support or budgets)",
+        "reference and (topk or one_token or heavy_ties or fewer_finite_logits or num_kept or budgets)",
         ("k-off-by-one", "values.gather(-1, num_kept - 1)", "values.gather(-1, (num_kept - 2).clamp_min(0))"),
         ("ties-count-whole", "torch.where(equal, tie_weight, above", "torch.where(equal, 1.0, above"),
         ("ties-count-nothing", "torch.where(equal, tie_weight, above", "torch.where(equal, 0.0, above"),
@@ -42,7 +42,7 @@ SPARSE = [
         "G over all columns although there is a mask",
         OBJECTIVE,
         "sparsity",
-        "reference and (one_token or support or budgets) or gradients",
+        "reference and (one_token or num_kept or budgets) or gradients",
         (
             "mask-not-on-slopes",
             "return _masked(rows, torch.where(carries, p * slope / q, 0.0))",
@@ -89,7 +89,7 @@ SPARSE = [
         "the arg-max counted twice or not at all; ties broken another way",
         TOPK_SUMS,
         "sparsity",
-        "cpu and (one_token or heavy_ties or fewer_finite_logits or support or budgets)",
+        "cpu and (one_token or heavy_ties or fewer_finite_logits or num_kept or budgets)",
         ("c-top-summed-with-the-rest", "        list[i] = kNoKey<T>;\n", ""),
         ("c-tie-weight-one", "key == selection.threshold ? tie_weight : 0.0", "key == selection.threshold ? 1.0 : 0.0"),
         ("c-ties-not-summed", "if (tied > 0) {", "if (tied < 0) {"),
@@ -100,7 +100,7 @@ SPARSE = [
         "columns outside the top-k mask counted in the backward, or ties counted whole",
         BACKWARD,
         "sparsity",
-        "cpu and (one_token or support or budgets or columns_outside or gradients)",
+        "cpu and (one_token or num_kept or budgets or columns_outside or gradients)",
         (
             "c-backward-without-topk-mask",
             "keys > threshold ? splat<T>(sced) : tied",
@@ -122,7 +122,7 @@ SPARSE = [
         "k from NaN, floor",
         ROW_MATH,
         "sparsity",
-        "support or budgets",
+        "num_kept or budgets",
         ("c-floor-instead-of-ceil", "ceil(k_scale * exp(entropy))", "floor(k_scale * exp(entropy))"),
         (
             "c-nan-becomes-an-index",
@@ -153,7 +153,7 @@ SPARSE = [
         "columns outside the top-k mask counted in the backward",
         T_BACKWARD,
         "sparsity",
-        "triton and (support or budgets) and tied_maxima",
+        "triton and (num_kept or budgets) and tied_maxima",
         (
             "t-top-slope-without-topk-mask",
             "            top_slope *= row_math.topk_weight(",
@@ -164,7 +164,7 @@ SPARSE = [
         "ties counted whole; k from NaN",
         T_ROW_MATH,
         "sparsity",
-        "triton and (support or budgets) and tied_maxima",
+        "triton and (num_kept or budgets) and tied_maxima",
         ("t-ties-count-whole", "tl.where(z == threshold, tie_weight, 0.0)", "tl.where(z == threshold, 1.0, 0.0)"),
     ),
 ]
