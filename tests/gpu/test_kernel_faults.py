@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-import mutants
 import pytest
+from mutants.runner import Tree, select
 
 
 @pytest.mark.parametrize("name", ["t-tail-loaded", "t-offset-32-bits", "t-label-unchecked"])
@@ -18,8 +18,8 @@ def test_fault_in_a_kernel_is_noticed(name, request, runnable, tmp_path):
         pytest.importorskip("triton")
     else:
         runnable("triton")
-    (mutant,) = mutants.select([name])
-    tree = mutants.Tree(tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    tree.plant(mutant)
+    (mutant,) = select([name])
+    tree = Tree(tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    tree.apply(mutant)
     code, output = tree.test(mutant.arguments(), interpreted=fake)
     assert (code == 1 and "FAILED tests" in output) or code < 0 or "illegal memory access" in output, output[-600:]

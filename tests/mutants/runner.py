@@ -38,7 +38,7 @@ from .patches_triton import TRITON
 _ALL = [*PYTHON, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("benchmarks", "caref_kernels", "csrc", "examples", "tests")
+FOLDERS = ("benchmarks", "caref_kernels", "csrc", "examples", "tests", "tools")
 WORKERS = 2
 TEST_TIMEOUT = 300  # seconds; a mutant that hangs is killed
 # Builds three times faster, and -O1 still contracts to fused multiply-adds, as the kernels expect.
