@@ -61,13 +61,14 @@ def time_steps(model, batch, seconds):
     """Lines: the seconds of a step by name, and what the loss takes of them on the logits and labels of ``batch``."""
     labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.flatten(0, 1)
-    own = _milliseconds(caref_loss, logits, labels)
+    times = {name: _milliseconds(function, logits, labels) for name, function in LOSSES.items()}
+    own = times["caref_loss"]
     lines = [
         f"  {name:<16}{value:.2f} s per step, of which the loss takes {own:.1f} ms, {0.1 * own / value:.1f} %"
         for name, value in seconds.items()
     ]
     lines.append(f"  the loss alone, on the {len(labels)} rows of a batch, {(labels != IGNORED).sum()} with a label:")
-    return [*lines, *(f"    {name:<16}{_milliseconds(one, logits, labels):7.1f} ms" for name, one in LOSSES.items())]
+    return [*lines, *(f"    {name:<16}{value:7.1f} ms" for name, value in times.items())]
 
 
 @torch.enable_grad()
