@@ -114,8 +114,6 @@ def test_stopped_and_resumed_is_uninterrupted(kind: str, variant: str, model, tm
 
 def test_adalora_prunes_its_ranks_and_keeps_its_regulariser(model, tmp_path: Path) -> None:
     """The allocator's budget falls from 32 to 2 of each module, and PEFT's term is in the loss that is trained."""
-    from contextlib import ExitStack
-
     settings = tiny_settings(
         model["llama"], variants=("ADALORA-32",), adalora_target_r=2, adalora_orth_reg=0.5, max_steps=20
     )
@@ -128,9 +126,9 @@ def test_adalora_prunes_its_ranks_and_keeps_its_regulariser(model, tmp_path: Pat
         seen["model"] = adapted
         real(adapted, folder)
 
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "save_trained", keep)
-        runs.Workbench(settings, results, watch, stack).run(job)
+        runs.Workbench(settings, results, watch).run(job)
     singular = {n: p for n, p in seen["model"].named_parameters() if "lora_E" in n}
     kept = sum(int((value != 0).sum()) for value in singular.values())
     assert kept <= 2 * len(singular)
