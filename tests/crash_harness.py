@@ -1,10 +1,11 @@
-"""Kill -9 an experiment at random instants, within saves too, resume it each time, and compare with an undisturbed one.
+"""Kill -9 an experiment at random instants, start it again each time, and compare with an undisturbed one.
 
     python tests/crash_harness.py KILLS [SEED]
 
 Every attempt is a forked child, so that a kill costs milliseconds and not the import of the libraries.  Three in four
-children are killed after a random time; the fourth kills itself within the n-th fsync, in the middle of a save or of
-the append of a row.  Exit code 1 and a message if anything differs.
+children are killed after a random time; the fourth kills itself within the n-th fsync, in the middle of a write of
+answers or of the append of a row.  What is left after the last kill is done by two processes at a time.  Exit code 1
+and a message if anything differs.
 """
 
 from __future__ import annotations
@@ -27,30 +28,26 @@ from transformers.utils import logging  # noqa: E402
 
 from caref_kernels.harness.results import Results  # noqa: E402
 
-SAVE_STEPS = 2
 VARIANTS = ("CAREF-AQ", "ADALORA-32", "ZERO-STEP", "CE-LAQ")
 
 
 class Diary(Listener):
-    """Writes to a file, which outlives the process, what begins and every step; tells whether a row was there."""
+    """Writes to a file, which outlives the process, what begins and whether its row was there already."""
 
-    def __init__(self, file: Path, results: Results) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._file, self._results = file, results
-
-    def _write(self, line: str) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._file, self._results = folder.with_suffix(".diary"), Results(folder)
 
     def job(self, job, steps: int) -> None:
-        self._write(f"begin {job.name} {job.name in self._results.finished()}")
-
-    def step(self) -> None:
-        self._write("step")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{job.name} {job.name in self._results.finished()}\n")
 
 
-def attempt(settings, folder: Path, diary: Path, fatal_sync: int | None) -> None:
-    """The life of a child: run, and perhaps die in a sync."""
+def start(settings, folder: Path, fatal_sync: int | None = None) -> int:
+    """The process id of a child that runs what is left, and perhaps dies in a sync; it exits with 1 if a run fails."""
+    child = os.fork()
+    if child:
+        return child
     real, count = os.fsync, 0
 
     def fatal(descriptor: int) -> None:
@@ -61,57 +58,61 @@ def attempt(settings, folder: Path, diary: Path, fatal_sync: int | None) -> None
         real(descriptor)
 
     os.fsync = fatal
-    run(settings, folder, Diary(diary, Results(folder)))
-    os._exit(0)
+    code = 1
+    try:
+        code = int(bool(run(settings, folder, Diary(folder))[0].failed))
+    finally:
+        os._exit(code)
 
 
-class Round:
-    """One experiment that is killed and resumed until the kills are used up or it is finished."""
+def disturb(settings, folder: Path, kills: int, longest: float, generator: random.Random) -> tuple[int, int]:
+    """Run and kill until the kills are used up or the experiment is finished: kills, and those within a sync.
 
-    def __init__(self, settings, folder: Path, kills: int, longest: float, generator: random.Random) -> None:
-        self.folder, self.diary = folder, folder.with_suffix(".diary")
-        self.done = self.in_sync = 0
-        self._settings = settings
-        while self.done < kills:
-            fatal_sync = generator.randint(1, 60) if self.done % 4 == 3 else None
-            status = self._attempt(fatal_sync, generator.uniform(0, longest))
-            if not os.WIFSIGNALED(status):
-                if os.waitstatus_to_exitcode(status) != 0:
-                    raise ValueError(f"a child ended with {status}")
-                break
-            self.done += 1
-            self.in_sync += fatal_sync is not None
-
-    def _attempt(self, fatal_sync: int | None, seconds: float) -> int:
-        child = os.fork()
-        if child == 0:
-            attempt(self._settings, self.folder, self.diary, fatal_sync)
+    Raises:
+        ValueError: a child failed.
+    """
+    done = in_sync = 0
+    while done < kills:
+        fatal_sync = generator.randint(1, 20) if done % 4 == 3 else None
+        child = start(settings, folder, fatal_sync)
         if fatal_sync is None:
-            time.sleep(seconds)
+            time.sleep(generator.uniform(0, longest))
             os.kill(child, signal.SIGKILL)
-        return os.waitpid(child, 0)[1]
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            if os.waitstatus_to_exitcode(status) != 0:
+                raise ValueError(f"a child ended with {status}")
+            break
+        done += 1
+        in_sync += fatal_sync is not None
+    return done, in_sync
 
-    def finish(self, whole: dict[str, dict], undisturbed: Path) -> tuple[int, int, int]:
-        """Run what is left and check everything; runs that were finished before, steps made and steps needed."""
-        tally, crashed = run(self._settings, self.folder, Diary(self.diary, Results(self.folder)))
-        if tally.failed or tally.busy:
-            raise ValueError(f"{len(tally.failed)} runs failed and {len(tally.busy)} stayed locked")
-        compare(whole, crashed, undisturbed, self.folder)
-        lines = self.diary.read_text(encoding="utf-8").splitlines()
-        repeated = [line for line in lines if line.startswith("begin") and line.endswith("True")]
-        if repeated:
-            raise ValueError(f"finished runs were repeated: {repeated}")
-        steps = lines.count("step")
-        least = sum(row["curve"][-1]["step"] for row in whole.values() if row["curve"])
-        # A kill costs the steps since the last checkpoint, and that step whose checkpoint it cut short.
-        if not least <= steps <= least + self.done * SAVE_STEPS:
-            raise ValueError(
-                f"{steps} steps were made; {least} are needed and {self.done * SAVE_STEPS} may be repeated"
-            )
-        leftovers = [path.name for path in (self.folder / "work").iterdir()]
-        if leftovers:
-            raise ValueError(f"left behind: {leftovers}")
-        return len(tally.found), steps, least
+
+def finish(settings, folder: Path, whole: dict[str, dict], undisturbed: Path) -> int:
+    """Let two processes run what is left, and check everything; how many runs were finished before.
+
+    Raises:
+        ValueError: something was lost, doubled or repeated, or differs.
+    """
+    before = Results(folder).finished()
+    children = [start(settings, folder) for _ in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if codes != [0, 0]:
+        raise ValueError(f"the two processes ended with {codes}")
+    crashed = {row["run"]: row for row in Results(folder).read().rows}
+    if whole.keys() != crashed.keys():
+        raise ValueError(f"other rows: {sorted(whole.keys() ^ crashed.keys())}")
+    for name, row in whole.items():
+        if lasting(row) != lasting(crashed[name]):
+            raise ValueError(f"{name} differs:\n{json.dumps(row)}\n{json.dumps(crashed[name])}")
+        one, other = (place / "answers" / f"{name}.jsonl" for place in (undisturbed, folder))
+        if one.read_bytes() != other.read_bytes():
+            raise ValueError(f"{name}: other answers")
+    begun = folder.with_suffix(".diary").read_text(encoding="utf-8").splitlines()
+    repeated = [line for line in begun if line.endswith("True")]
+    if repeated:
+        raise ValueError(f"finished runs were repeated: {repeated}")
+    return len(before)
 
 
 def crash(kills: int, seed: int, folder: Path) -> str:
@@ -121,39 +122,24 @@ def crash(kills: int, seed: int, folder: Path) -> str:
         ValueError: something was lost, doubled or repeated, or differs.
     """
     generator = random.Random(seed)
-    model = save_model(folder / "model", "t5")
     # Dropout and the allocator's memory make a lost state visible.
-    settings = tiny_settings(
-        model, variants=VARIANTS, splits=(0, 1 + kills // 12), save_steps=SAVE_STEPS, adalora_target_r=2
-    )
-    start = time.perf_counter()
+    model = save_model(folder / "model", "t5")
+    settings = tiny_settings(model, variants=VARIANTS, max_steps=6, adalora_target_r=2)
+    start_time = time.perf_counter()
     _, whole = run(settings, folder / "whole")
-    # An attempt then gets through most of a run on average, on any machine.
-    longest = 1.5 * (time.perf_counter() - start) / len(whole)
-    done = in_sync = found = steps = needed = rounds = 0
+    # An attempt then finishes one run on average, on any machine.
+    longest = 2 * (time.perf_counter() - start_time) / len(whole)
+    done = in_sync = found = rounds = 0
     while done < kills:
         rounds += 1
-        one = Round(settings, folder / f"crashed{rounds}", kills - done, longest, generator)
-        finished, made, least = one.finish(whole, folder / "whole")
-        done, in_sync, found = done + one.done, in_sync + one.in_sync, found + finished
-        steps, needed = steps + made, needed + least
-    rows = rounds * len(whole)
+        place = folder / f"crashed{rounds}"
+        killed, within = disturb(settings, place, kills - done, longest, generator)
+        done, in_sync = done + killed, in_sync + within
+        found += finish(settings, place, whole, folder / "whole")
     return (
-        f"{kills} kills, {in_sync} of them within a sync: {rows} rows equal those of the undisturbed run; "
-        f"{found} were finished between kills; {steps - needed} of {needed} steps were repeated"
+        f"{kills} kills, {in_sync} of them within a sync: {rounds * len(whole)} rows equal those of the undisturbed "
+        f"run; {found} were finished between kills, the others by two processes at a time"
     )
-
-
-def compare(whole: dict[str, dict], crashed: dict[str, dict], undisturbed: Path, folder: Path) -> None:
-    """Raise if rows or answers differ."""
-    if whole.keys() != crashed.keys():
-        raise ValueError(f"other rows: {sorted(whole.keys() ^ crashed.keys())}")
-    for name, row in whole.items():
-        if lasting(row) != lasting(crashed[name]):
-            raise ValueError(f"{name} differs:\n{json.dumps(row)}\n{json.dumps(crashed[name])}")
-        one, other = (place / "answers" / f"{name}.jsonl" for place in (undisturbed, folder))
-        if one.read_bytes() != other.read_bytes():
-            raise ValueError(f"{name}: other answers")
 
 
 def main(arguments: list[str]) -> int:

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+for name in ("transformers", "typer"):
+    pytest.importorskip(name)
 
 import transformers  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 from caref_kernels.harness import paper  # noqa: E402
+from caref_kernels.harness.__main__ import app  # noqa: E402
 from caref_kernels.harness.parameters import FLAN_T5_LARGE, KNOWN_CONFIGS, count, meta_model, model_config  # noqa: E402
 from caref_kernels.harness.variants import VARIANTS, family, prepare, selected_names, trainable_parameters  # noqa: E402
 
@@ -49,11 +52,17 @@ def test_flan_t5_large_counts(flan, name: str) -> None:
     assert round(100 * trained / 783_150_080, 2) == paper.TABLE[name].percent
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_flan_t5_large_adapters(name: str) -> None:
-    counted = count(FLAN, VARIANTS[name])
-    assert (counted.trained, counted.total) == ADAPTERS[name]
-    assert round(counted.percent, 2) == paper.TABLE[VARIANTS[name].paper].percent
+def test_params_prints_the_counts_and_the_papers_percentages() -> None:
+    """The command's default model is the paper's, and its nine percentages are printed to two decimals."""
+    done = CliRunner().invoke(app, ["params"])
+    assert done.exit_code == 0, done.output
+    cells = (line.strip("│").split("│") for line in done.stdout.splitlines() if line.startswith("│"))
+    printed = {name.strip(): [text.strip() for text in numbers] for name, *numbers in cells}
+    assert set(printed) == set(VARIANTS)
+    for name, (trained, total) in (ADAPTERS | {key: (one, 783_150_080) for key, (one, _) in SPARSE.items()}).items():
+        reported = paper.TABLE[VARIANTS[name].paper].percent
+        assert printed[name] == [f"{trained:,}", f"{total:,}", f"{100 * trained / total:.4f}", f"{reported:.2f}"]
+        assert round(100 * trained / total, 2) == reported
 
 
 def test_every_row_of_the_paper_is_a_variant() -> None:

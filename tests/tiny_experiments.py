@@ -83,7 +83,6 @@ def tiny_settings(model: Path, **options) -> Settings:
         "warmup_steps": 2,
         "learning_rate": 1e-2,
         "logging_steps": 2,
-        "save_steps": 4,
         "max_new_tokens": 4,
         "scorer": "none",
         "device": "cpu",

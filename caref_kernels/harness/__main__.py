@@ -172,7 +172,7 @@ def _execute(
     counts = {"finished": tally.finished, "there already": tally.found, "busy": tally.busy, "failed": tally.failed}
     sys.stdout.write(", ".join(f"{len(found)} {name}" for name, found in counts.items()) + "\n")
     if tally.stopped:
-        sys.stderr.write(f"stopped; resume with: python -m caref_kernels.harness {' '.join(sys.argv[1:])}\n")
+        sys.stderr.write(f"stopped; continue with: python -m caref_kernels.harness {' '.join(sys.argv[1:])}\n")
         raise typer.Exit(128 + watch.signal)
     if tally.failed:
         raise typer.Exit(_FAILED)

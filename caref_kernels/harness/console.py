@@ -17,7 +17,7 @@ from .runs import Watch
 class ConsoleWatch(Watch):
     """A bar over the jobs and one over the steps of the current one, on standard error; a context manager.
 
-    While it is entered, the first SIGTERM or SIGINT asks the run to save and stop after its step; a second one ends
+    While it is entered, the first SIGTERM or SIGINT asks the run to stop after its step; a second one ends
     the process at once.
     """
 

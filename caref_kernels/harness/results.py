@@ -4,7 +4,6 @@
     <folder>/results.jsonl      one line for each (dataset, variant, seed, alpha, beta)
     <folder>/answers/           what the models generated
     <folder>/failed/            tracebacks of runs that failed
-    <folder>/work/              checkpoints of runs that are not finished
     <folder>/locks/             one file for each run that somebody works on
 
 A run is finished when its line is.  A line is appended under a lock by one write and synced; a torn last line, which

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import platform
-import shutil
 import time
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ import transformers
 from caref_kernels import __version__, explain
 
 from . import models
-from .checkpoints import CheckpointStore
 from .data import Example, load
 from .encoding import Encoder
 from .evaluation import Evaluator
@@ -31,12 +28,10 @@ from .protocol import Sizes, Split, feb_split
 from .results import Job, Results, write_atomically
 from .scorers import Scorer, load_scorer
 from .settings import Settings
-from .training import Plan, Stopped, train
+from .training import Stopped, train
 from .variants import VARIANTS, trainable_parameters
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "bert-score", "torchmetrics")
-# Weights, their copy in the optimiser's two moments, for the checkpoints that are kept and the one being written.
-_CHECKPOINT_COPIES, _CHECKPOINTS = 3, 3
 _OOM_RETRIES = 3
 
 
@@ -103,22 +98,17 @@ def run_jobs(
 
 def _take(job: Job, bench: Workbench, tally: Tally, retry_failed: bool) -> None:
     failure = bench.results.path("failed", f"{job.name}.json")
-    if job.name in bench.results.finished():
-        # A crash between the row and the clearing leaves checkpoints behind.
-        shutil.rmtree(bench.results.path("work", job.name), ignore_errors=True)
-        tally.found.append(job)
-        return
-    if failure.is_file() and not retry_failed:
-        bench.watch.note(f"{job.name} failed before; resume tries it again ({failure})")
-        tally.failed.append(job)
-        return
     with bench.results.lock(job.name) as is_free:
+        # Read under the lock: whoever held it may have finished since.
+        if job.name in bench.results.finished():
+            tally.found.append(job)
+            return
         if not is_free:
             tally.busy.append(job)
             return
-        # Whoever held the lock may have finished since.
-        if job.name in bench.results.finished():
-            tally.found.append(job)
+        if failure.is_file() and not retry_failed:
+            bench.watch.note(f"{job.name} failed before; resume tries it again ({failure})")
+            tally.failed.append(job)
             return
         try:
             bench.run(job)
@@ -151,7 +141,7 @@ class Workbench:
         """Train and evaluate ``job`` and add its row.
 
         Raises:
-            Stopped: somebody asked for it; the checkpoint of the last step is written.
+            Stopped: somebody asked for it.
         """
         started = time.time()
         split = self.split(job)
@@ -160,10 +150,8 @@ class Workbench:
             raise ValueError(f"{job.dataset}: other examples than in the finished runs; the data files have changed")
         encoder = self.encoder(job.dataset)
         items = [encoder(shot.example, shot.explanation) for shot in split.train]
-        store = CheckpointStore(self.results.path("work", job.name), self._identity(job, split))
-        pieces = 0 if VARIANTS[job.variant].trained == "nothing" else self.settings.max_steps
-        self.watch.job(job, pieces)
-        model, curve, micro_batch = self._trained(job, encoder, items, store)
+        self.watch.job(job, 0 if VARIANTS[job.variant].trained == "nothing" else self.settings.max_steps)
+        model, curve, micro_batch = self._trained(job, encoder, items)
         trained_at = time.time()
         trained, total = trainable_parameters(model)
         metrics, answers = self._evaluate(model, encoder, split)
@@ -184,7 +172,6 @@ class Workbench:
         lines = (json.dumps({"uid": e.uid, "answer": a}) for e, a in zip(split.dev, answers, strict=True))
         write_atomically(self.results.path("answers", f"{job.name}.jsonl"), "\n".join(lines) + "\n")
         self.results.append(row)
-        store.clear()
 
     def split(self, job: Job) -> Split:
         """The examples that the job trains and is evaluated on."""
@@ -207,32 +194,28 @@ class Workbench:
         causal = not self.config.is_encoder_decoder
         return Encoder(dataset, self.tokenizer, causal, settings.newline, settings.end, *limits)
 
-    def _trained(self, job: Job, encoder: Encoder, items: list, store: CheckpointStore):
+    def _trained(self, job: Job, encoder: Encoder, items: list):
         """The trained model, its curve and the micro-batch that fitted; halved up to three times, the batch kept."""
         settings, variant = self.settings, VARIANTS[job.variant]
-        micro_batch = settings.micro_batch or settings.batch_size
-        weights = {"alpha": job.alpha, "beta": job.beta, **variant.weights(settings.lambda_sced, settings.lambda_kl)}
-        for retry in range(_OOM_RETRIES + 1):
+        largest = micro_batch = settings.micro_batch or settings.batch_size
+        while True:
             transformers.set_seed(job.seed)  # an adapter begins with random numbers
             model = models.load_model(self.source, settings, variant, self.device)
             models.check_fit(model, encoder, items)
             if variant.trained == "nothing":
                 return model, [], micro_batch
-            _require_space(store.folder, trainable_parameters(model)[0])
             if variant.trained == "adalora" and micro_batch != settings.batch_size:
                 # PEFT adds its regulariser to every micro-batch, so it would count once for each of them.
                 raise ValueError(f"micro_batch must be batch_size {settings.batch_size} for AdaLoRA; got {micro_batch}")
-            plan = Plan(settings, variant, weights, job.seed, micro_batch, self.watch.stop, self.watch.step)
             try:
-                return model, train(model, items, self.tokenizer, plan, store, self.watch.note), micro_batch
+                return model, train(model, items, self.tokenizer, job, settings, micro_batch, self.watch), micro_batch
             except torch.OutOfMemoryError:
-                if retry == _OOM_RETRIES or micro_batch % 2:
+                if micro_batch % 2 or micro_batch == largest >> _OOM_RETRIES:
                     raise
                 micro_batch //= 2
                 self.watch.note(f"{job.name}: out of memory; micro-batch {micro_batch}, the batch stays as it is")
             del model
             _free(self.device)
-        raise RuntimeError(f"{job.name}: out of memory {_OOM_RETRIES + 1} times")
 
     def _evaluate(self, model: Any, encoder: Encoder, split: Split) -> tuple[dict[str, Any], list[str]]:
         settings = self.settings
@@ -257,14 +240,6 @@ class Workbench:
                 size //= 2
                 self.watch.note(f"out of memory in evaluation; {size} sequences at a time")
                 _free(self.device)
-
-    def _identity(self, job: Job, split: Split) -> dict[str, Any]:
-        return {
-            "run": job.name,
-            "settings": self.settings.hash(),
-            "split": split.hash,
-            "tokenizer": models.tokenizer_hash(self.tokenizer),
-        }
 
     def _origin(self, split: Split) -> dict[str, Any]:
         """What a row came from, by an allow-list: no environment, no path, no host."""
@@ -317,14 +292,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return known
-
-
-def _require_space(folder: Path, trained: int) -> None:
-    needed = trained * 4 * _CHECKPOINT_COPIES * _CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder}: the checkpoints need {needed} bytes; {free} are free")
 
 
 def _is_device_error(error: BaseException) -> bool:

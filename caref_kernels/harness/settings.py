@@ -23,7 +23,7 @@ from .variants import VARIANTS
 MAX_YAML_BYTES = 64 * 1024
 _MAX_DEPTH = 8
 # Options that say which runs, where and how fast; all others decide what a run's row says.
-_NOT_DECISIVE = ("data", "hub", "datasets", "variants", "splits", "save_steps", "eval_batch_size", "download", "device")
+_NOT_DECISIVE = ("data", "hub", "datasets", "variants", "splits", "eval_batch_size", "download", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Settings:
         schedule: ``"linear"`` (the paper's: to 0 after the warm-up) or ``"constant"`` (FEB's).
         micro_batch: examples at a time, a divisor of ``batch_size`` (0: all of them).
         precision: ``"fp32"``, or ``"bf16"`` for autocast with frozen weights in bfloat16.
-        logging_steps, save_steps: the second a multiple of the first.
+        logging_steps: steps between two records of the curve.
         max_new_tokens: of a generated answer; ``eval_batch_size`` answers at a time.
         scorer: of nBERT: ``"roberta-large"`` (FEB's), ``"minilm"`` (a wheel), a folder, or ``"none"``.
         skip_nonfinite: optimiser steps with a NaN or infinite gradient that may be left out before the run fails.
@@ -85,7 +85,6 @@ class Settings:
     micro_batch: int = 0
     precision: str = "fp32"
     logging_steps: int = 10
-    save_steps: int = 100
     max_new_tokens: int = 64
     eval_batch_size: int = 16
     scorer: str = "roberta-large"
@@ -111,11 +110,6 @@ class Settings:
             raise ValueError(f"splits must be [first, last) within [0, {len(SEEDS)}]; got {list(self.splits)}")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch must divide batch_size {self.batch_size}; got {self.micro_batch}")
-        if self.save_steps % self.logging_steps:
-            # Otherwise a resumed run would log other means than an uninterrupted one.
-            raise ValueError(
-                f"save_steps must be a multiple of logging_steps {self.logging_steps}; got {self.save_steps}"
-            )
         CarefConfig(alpha=self.alpha, beta=self.beta, lambda_sced=self.lambda_sced, lambda_kl=self.lambda_kl)
 
     def jobs(self, alphas: tuple[float, ...] = (), betas: tuple[float, ...] = ()) -> list[Job]:
@@ -225,7 +219,7 @@ _POSITIVE = (lambda value: value >= 1, "at least 1")
 _NOT_NEGATIVE = (lambda value: value >= 0, "at least 0")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("train_size", "dev_size", "max_source", "max_target", "max_steps", "batch_size"), _POSITIVE),
-    **dict.fromkeys(("logging_steps", "save_steps", "max_new_tokens", "eval_batch_size", "lora_alpha"), _POSITIVE),
+    **dict.fromkeys(("logging_steps", "max_new_tokens", "eval_batch_size", "lora_alpha"), _POSITIVE),
     **dict.fromkeys(("micro_batch", "warmup_steps", "skip_nonfinite", "adalora_orth_reg"), _NOT_NEGATIVE),
     "adalora_target_r": _POSITIVE,
     "learning_rate": (lambda value: 0 < value < 1, "in (0, 1)"),
