@@ -20,7 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from caref_kernels.harness import __main__ as command  # noqa: E402
 from caref_kernels.harness import training  # noqa: E402
-from caref_kernels.harness.results import Results, Shard  # noqa: E402
+from caref_kernels.harness.results import Results, take_shard  # noqa: E402
 from caref_kernels.harness.runs import DeviceLostError  # noqa: E402
 from caref_kernels.harness.settings import Settings  # noqa: E402
 
@@ -173,12 +173,12 @@ def test_kill_9_at_random_instants_and_two_processes_share_a_folder() -> None:
 
 def test_shards_are_disjoint_and_whole() -> None:
     jobs = Settings().jobs()
-    parts = [Shard(index, 7).of(jobs) for index in range(7)]
+    parts = [take_shard(jobs, f"{index}/7") for index in range(7)]
     assert sorted(job for part in parts for job in part) == sorted(jobs)
-    assert Shard.parse("3/8") == (3, 8)
+    assert parts[3] == jobs[3::7]
     for text in ("8/8", "3", "-1/2", "a/b", "1/0", ""):
         with pytest.raises(ValueError, match="shard must be index/count"):
-            Shard.parse(text)
+            take_shard(jobs, text)
 
 
 def test_missing_packages_are_named() -> None:

@@ -155,10 +155,10 @@ def _execute(
     from transformers.utils import logging
 
     from .console import ConsoleWatch
-    from .results import Results, Shard
+    from .results import Results, take_shard
     from .runs import DeviceLostError, run_jobs
 
-    jobs, results = Shard.parse(shard).of(settings.jobs(*exponents)), Results(folder)
+    jobs, results = take_shard(settings.jobs(*exponents), shard), Results(folder)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with ConsoleWatch(len(jobs)) as watch:

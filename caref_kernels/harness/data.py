@@ -60,8 +60,7 @@ def load(dataset: str, folder: str | Path, split: str, *, version: str = COS_E_V
         FileNotFoundError: a file is not there; the message lists the places that were tried.
         ValueError: an unknown dataset, split or version; or a line of a file that cannot be read (file:line: field).
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
+    check_dataset(dataset)
     if split not in DATASETS[dataset].splits:
         raise ValueError(f"split must be one of {', '.join(DATASETS[dataset].splits)} for {dataset}; got {split!r}")
     if version not in COS_E_VERSIONS:
@@ -70,6 +69,16 @@ def load(dataset: str, folder: str | Path, split: str, *, version: str = COS_E_V
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
     return DATASETS[dataset].read(root, split, version)
+
+
+def check_dataset(dataset: str) -> None:
+    """Return if ``dataset`` is a key of ``DATASETS``.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
 
 
 def embedded_examples(split: str) -> list[Example]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from .data import DATASETS, Example
+from .data import Example, check_dataset
 
 SEPARATOR = " because "
 # What FEB puts for the explanation of an answer without the separator.
@@ -38,7 +38,7 @@ def source_text(dataset: str, example: Example, *, newline: str = LITERAL_NEWLIN
     Raises:
         ValueError: unknown dataset, or more options than letters.
     """
-    _check_dataset(dataset)
+    check_dataset(dataset)
     first, *rest = example.inputs
     if dataset == "esnli":
         return _collapse(f"explain nli hypothesis: {rest[0]} premise: {first}")
@@ -62,7 +62,7 @@ def target_text(dataset: str, example: Example, explanation: int = 0) -> str:
         ValueError: unknown dataset.
         IndexError: there is no such explanation.
     """
-    _check_dataset(dataset)
+    check_dataset(dataset)
     return _collapse(f"{example.label_text}{SEPARATOR}{example.explanations[explanation]}".lower())
 
 
@@ -97,8 +97,3 @@ def _plain(text: str) -> str:
 
 def _collapse(text: str) -> str:
     return " ".join(text.split())
-
-
-def _check_dataset(dataset: str) -> None:
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from .data import Example
 from .formats import is_parsable, parse_answer
-from .scorers import Scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .scorers import BertScorer
+
 ECE_BINS = 15
 
 
-def score_answers(answers: Sequence[str], examples: Sequence[Example], scorer: Scorer | None) -> dict[str, Any]:
+def score_answers(answers: Sequence[str], examples: Sequence[Example], scorer: BertScorer | None) -> dict[str, Any]:
     """FEB's figures of generated answers, in percent of all examples, never of the parsable ones.
 
     ``nbert`` is the mean over examples of the best BERTScore over the references, 0 where the label is wrong; it is

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from .data import DATASETS, Example
+from .data import DATASETS, Example, check_dataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,8 +73,7 @@ def feb_split(
     Raises:
         ValueError: unknown dataset, sizes that leave a label without an example, or too few examples.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
+    check_dataset(dataset)
     sizes = Sizes() if sizes is None else sizes
     labels = DATASETS[dataset].labels
     for name, size in sizes._asdict().items():

@@ -42,27 +42,18 @@ class Job(NamedTuple):
         return f"{self.dataset}.{self.variant}.s{self.seed}.a{self.alpha:g}.b{self.beta:g}"
 
 
-class Shard(NamedTuple):
-    """The ``index``-th of ``count`` equal parts of a list of runs, counted from 0: one task of a SLURM array."""
+def take_shard(jobs: Sequence[Job], text: str) -> list[Job]:
+    """The part ``"index/count"`` of the jobs, counted from 0: one task of a SLURM array.
 
-    index: int
-    count: int
+    The parts are disjoint, hold every job and are equally long but for one job.
 
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """``"2/8"``.
-
-        Raises:
-            ValueError: not two whole numbers with 0 <= index < count.
-        """
-        first, slash, second = text.partition("/")
-        if slash and first.isdecimal() and second.isdecimal() and int(first) < int(second):
-            return cls(int(first), int(second))
-        raise ValueError(f"shard must be index/count with 0 <= index < count; got {text!r}")
-
-    def of(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs of this part; the parts are disjoint and hold every job."""
-        return list(jobs[self.index :: self.count])
+    Raises:
+        ValueError: not two whole numbers with 0 <= index < count.
+    """
+    first, slash, second = text.partition("/")
+    if slash and first.isdecimal() and second.isdecimal() and int(first) < int(second):
+        return list(jobs[int(first) :: int(second)])
+    raise ValueError(f"shard must be index/count with 0 <= index < count; got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -151,8 +142,11 @@ class Results:
         whole, _, torn = content.rpartition(b"\n")
         rows, seen = [], set()
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-            row = _object(line)
-            if row is None or "run" not in row:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or "run" not in row:
                 raise ValueError(f"{self.file}:{number}: line: expected a JSON object with a field 'run'")
             if row["run"] in seen:
                 raise ValueError(f"{self.file}:{number}: run: {row['run']!r} occurs twice")
@@ -228,14 +222,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -26,7 +26,7 @@ from .evaluation import Evaluator
 from .metrics import score_answers
 from .protocol import Sizes, Split, feb_split
 from .results import Job, Results, write_atomically
-from .scorers import Scorer, load_scorer
+from .scorers import load_scorer
 from .settings import Settings
 from .training import Stopped, train
 from .variants import VARIANTS, trainable_parameters
@@ -134,7 +134,7 @@ class Workbench:
         self.source = models.locate(settings)
         self.config = models.load_config(self.source)
         self.tokenizer = models.load_tokenizer(self.source)
-        self.scorer: Scorer | None = load_scorer(settings.scorer, device=self.device, download=settings.download)
+        self.scorer = load_scorer(settings.scorer, device=self.device, download=settings.download)
         self._data: dict[str, list[list[Example]]] = {}
 
     def run(self, job: Job) -> None:

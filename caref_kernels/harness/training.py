@@ -33,25 +33,12 @@ class Stopped(Exception):  # noqa: N818 - no error: somebody asked the run to st
     """The run stopped after a step or batch because it was asked to; it begins anew next time."""
 
 
-class Examples(torch.utils.data.Dataset):
-    """Encoded examples as the collator takes them; ``index`` tells which one it is."""
-
-    def __init__(self, items: Sequence[Encoded], causal: bool) -> None:
-        self.items, self.causal = items, causal
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        if self.causal:
-            tokens = {
-                "input_ids": [*item.prompt, *item.target],
-                "labels": [IGNORED] * len(item.prompt) + list(item.target),
-            }
-        else:
-            tokens = {"input_ids": [*item.prompt], "labels": [*item.target]}
-        return {**tokens, "attention_mask": [1] * len(tokens["input_ids"]), "index": index}
+def _features(item: Encoded, causal: bool, index: int) -> dict[str, Any]:
+    """An encoded example as the collator takes it; ``index`` tells which one it is."""
+    tokens, labels = [*item.prompt], [*item.target]
+    if causal:
+        tokens, labels = tokens + labels, [IGNORED] * len(tokens) + labels
+    return {"input_ids": tokens, "labels": labels, "attention_mask": [1] * len(tokens), "index": index}
 
 
 class HarnessTrainer(transformers.Trainer):
@@ -179,7 +166,7 @@ def train(
         skip_nonfinite=settings.skip_nonfinite,
         model=model,
         args=_arguments(settings, job.seed, micro_batch, model.device),
-        train_dataset=Examples(items, causal),
+        train_dataset=[_features(item, causal, index) for index, item in enumerate(items)],
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=None if causal else base),
     )
     if variant.trained != "adalora":
