@@ -18,7 +18,7 @@ from tiny_experiments import KINDS, save_model  # noqa: E402
 
 from caref_kernels.harness import Encoder, Example, embedded_examples  # noqa: E402
 from caref_kernels.harness.encoding import BECAUSE, EXPLANATION, LABEL  # noqa: E402
-from caref_kernels.harness.evaluation import Evaluator, support  # noqa: E402
+from caref_kernels.harness.evaluation import Evaluator, num_kept  # noqa: E402
 from caref_kernels.harness.metrics import calibration  # noqa: E402
 from caref_kernels.testing import check_identity  # noqa: E402
 
@@ -133,7 +133,7 @@ def test_entropies_and_likelihoods_of_the_targets(evaluator: Evaluator) -> None:
     actual = evaluator.targets(examples)
     for name, value in expected.items():
         check_identity(torch.tensor(actual[name]), value, "float32_terms", name)
-    assert abs(actual["k_t"] - support(entropy).mean()) <= 0.1
+    assert abs(actual["k_t"] - num_kept(entropy).mean()) <= 0.1
 
 
 def test_answers_do_not_depend_on_the_batch(evaluator: Evaluator) -> None:
@@ -144,22 +144,22 @@ def test_answers_do_not_depend_on_the_batch(evaluator: Evaluator) -> None:
     assert any(together)
 
 
-def test_support_is_the_ceiling_of_the_perplexity() -> None:
-    assert support(torch.tensor([0.0, 0.5, 5.0], dtype=torch.float64)).tolist() == [1.0, 2.0, 149.0]
+def test_num_kept_is_the_ceiling_of_the_perplexity() -> None:
+    assert num_kept(torch.tensor([0.0, 0.5, 5.0], dtype=torch.float64)).tolist() == [1.0, 2.0, 149.0]
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_logged_support_is_of_the_target_rows(causal: bool) -> None:
+def test_the_logged_num_kept_is_of_the_target_rows(causal: bool) -> None:
     """Two target rows, of one token and of four equal ones; the rows of the prompt and of the padding are not asked."""
     pytest.importorskip("peft")
-    from caref_kernels.harness.training import SupportCallback
+    from caref_kernels.harness.training import NumKeptCallback
 
     trainer = SimpleNamespace(
         compute_loss=lambda model, inputs, return_outputs, items: (torch.tensor(7.0), model(inputs)),
         state=SimpleNamespace(global_step=3, log_history=[{"loss": 1.0}]),
         args=SimpleNamespace(logging_steps=2),
     )
-    callback = SupportCallback(trainer, causal)
+    callback = NumKeptCallback(trainer, causal)
     peak, even, flat = torch.tensor([50.0, 0, 0, 0, 0]), torch.tensor([0.0, 0, 0, 0, -50]), torch.zeros(5)
     rows, labels = [flat, peak, even, flat], [-100, -100, 1, 2] if causal else [-100, 1, 2, -100]
     inputs = {"labels": torch.tensor([labels])}

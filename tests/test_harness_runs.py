@@ -39,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_runs_every_kind_of_variant(kind: str, model, tmp_path: Path) -> None:
     variants = ("CAREF-AQ", "CE-LAQ", "CAREF-LORA-4", "ADALORA-32", "ZERO-STEP")
-    tally, rows = run(tiny_settings(model[kind], variants=variants), tmp_path)
-    assert (len(tally.finished), tally.failed) == (5, [])
+    summary, rows = run(tiny_settings(model[kind], variants=variants), tmp_path)
+    assert (len(summary.finished), summary.failed) == (5, [])
     by_variant = {row["variant"]: row for row in rows.values()}
     assert by_variant["ZERO-STEP"]["curve"] == []
     for variant, row in by_variant.items():
@@ -64,8 +64,8 @@ def test_every_kind_of_model_runs_every_kind_of_variant(kind: str, model, tmp_pa
 
 def test_every_dataset_runs_from_the_files_in_the_package(model, tmp_path: Path) -> None:
     settings = tiny_settings(model["llama"], datasets=tuple(DATASETS), train_size=6, max_steps=4)
-    tally, rows = run(settings, tmp_path)
-    assert (len(tally.finished), tally.failed) == (4, [])
+    summary, rows = run(settings, tmp_path)
+    assert (len(summary.finished), summary.failed) == (4, [])
     for row in rows.values():
         assert (row["train_size"], row["dev_size"], row["cut"] >= 0) == (6, 6, True)
         assert math.isfinite(row["metrics"]["nll"])
@@ -87,9 +87,9 @@ def test_the_logged_terms_are_the_objective(model, tmp_path: Path) -> None:
 def test_a_second_run_finds_everything_and_is_the_same(model, tmp_path: Path) -> None:
     settings = tiny_settings(model["t5"], variants=("CAREF-AQ", "LORA-4"))
     _, first = run(settings, tmp_path / "a")
-    watch = Listener()
-    tally, again = run(settings, tmp_path / "a", watch)
-    assert (len(tally.found), watch.steps, again) == (2, 0, first)
+    callbacks = Listener()
+    summary, again = run(settings, tmp_path / "a", callbacks)
+    assert (len(summary.found), callbacks.steps, again) == (2, 0, first)
     _, other = run(settings, tmp_path / "b")
     assert {name: lasting(row) for name, row in other.items()} == {name: lasting(row) for name, row in first.items()}
 
@@ -100,10 +100,10 @@ def test_a_stopped_run_starts_again_and_is_the_undisturbed_one(model, tmp_path: 
     _, whole = run(settings, tmp_path / "whole")
     # In the middle of the first run; after its training; in the middle of the second run; never.
     for stop, finished, steps in ((3, 0, 3), (6, 0, 6), (9, 1, 9), (None, 1, 6)):
-        watch = Listener(stop)
-        tally, rows = run(settings, tmp_path / "parts", watch)
-        assert (tally.stopped, len(tally.finished), watch.steps) == (stop is not None, finished, steps)
-    assert len(tally.found) == 1
+        callbacks = Listener(stop)
+        summary, rows = run(settings, tmp_path / "parts", callbacks)
+        assert (summary.stopped, len(summary.finished), callbacks.steps) == (stop is not None, finished, steps)
+    assert len(summary.found) == 1
     assert {name: lasting(row) for name, row in rows.items()} == {name: lasting(row) for name, row in whole.items()}
 
 
@@ -112,8 +112,8 @@ def test_a_stop_in_the_evaluation_leaves_no_row(model, tmp_path: Path) -> None:
         def job(self, job, steps: int) -> None:
             self.stop_after = 0
 
-    tally, rows = run(tiny_settings(model["llama"], variants=("ZERO-STEP",)), tmp_path, Impatient())
-    assert (tally.stopped, tally.finished, rows) == (True, [], {})
+    summary, rows = run(tiny_settings(model["llama"], variants=("ZERO-STEP",)), tmp_path, Impatient())
+    assert (summary.stopped, summary.finished, rows) == (True, [], {})
 
 
 def test_adalora_prunes_its_ranks_and_keeps_its_regulariser(model, tmp_path: Path, monkeypatch) -> None:
@@ -147,9 +147,9 @@ def test_a_nan_stops_the_run_with_a_dump(model, tmp_path: Path, monkeypatch: pyt
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    watch = Listener()
-    tally, rows = run(tiny_settings(broken), tmp_path / "results", watch)
-    assert (len(tally.failed), rows) == (1, {})
+    callbacks = Listener()
+    summary, rows = run(tiny_settings(broken), tmp_path / "results", callbacks)
+    assert (len(summary.failed), rows) == (1, {})
     failure = json.loads(next((tmp_path / "results" / "failed").iterdir()).read_text(encoding="utf-8"))
     dump = json.loads(failure["error"].strip().splitlines()[-1].partition("NonFiniteError: ")[2])
     assert dump["step"] == 1
@@ -157,10 +157,10 @@ def test_a_nan_stops_the_run_with_a_dump(model, tmp_path: Path, monkeypatch: pyt
     assert dump["logits"]["not finite"] > 0
     assert len(dump["examples"]) == 4
     # What failed is left alone by the next run, and tried again on request.
-    watch = Listener()
-    again, _ = run(tiny_settings(broken), tmp_path / "results", watch)
-    assert (len(again.failed), watch.steps) == (1, 0)
-    assert "failed before; resume tries it again" in watch.notes[0]
+    callbacks = Listener()
+    again, _ = run(tiny_settings(broken), tmp_path / "results", callbacks)
+    assert (len(again.failed), callbacks.steps) == (1, 0)
+    assert "failed before; resume tries it again" in callbacks.notes[0]
     retried, _ = run(tiny_settings(broken), tmp_path / "results", retry_failed=True)
     assert len(retried.failed) == 1
 
@@ -180,8 +180,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("allowed", "fails"), [(0, True), (1, True), (2, False)])
 def test_bad_gradients_may_be_skipped(allowed, fails, model, tmp_path: Path, monkeypatch) -> None:
     _poison(monkeypatch, (3, 5))
-    tally, rows = run(tiny_settings(model["llama"], skip_nonfinite=allowed), tmp_path)
-    assert bool(tally.failed) is fails
+    summary, rows = run(tiny_settings(model["llama"], skip_nonfinite=allowed), tmp_path)
+    assert bool(summary.failed) is fails
     if not fails:
         assert math.isfinite(next(iter(rows.values()))["metrics"]["label_nll"])
 
@@ -197,12 +197,12 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(model, tmp_pat
         return real(self, model_, inputs, num_items_in_batch)
 
     monkeypatch.setattr(training.HarnessTrainer, "training_step", small)
-    watch = Listener()
-    _, halved = run(settings, tmp_path / "b", watch)
+    callbacks = Listener()
+    _, halved = run(settings, tmp_path / "b", callbacks)
     (name,) = whole
     assert [whole[name]["micro_batch"], halved[name]["micro_batch"]] == [4, 2]
-    assert "micro-batch 2, the batch stays as it is" in watch.notes[0]
-    assert watch.steps == 10
+    assert "micro-batch 2, the batch stays as it is" in callbacks.notes[0]
+    assert callbacks.steps == 10
     for one, other in zip(whole[name]["curve"], halved[name]["curve"], strict=True):
         same(one["loss"], other["loss"])
 
@@ -241,8 +241,8 @@ def test_a_run_that_somebody_else_works_on_is_passed_over(model, tmp_path: Path)
     settings = tiny_settings(model["llama"], variants=("ZERO-STEP", "CAREF-AQ"))
     with Results(tmp_path).lock(settings.jobs()[0].name) as is_mine:
         assert is_mine
-        tally, rows = run(settings, tmp_path)
-    assert ([job.variant for job in tally.busy], len(rows)) == (["ZERO-STEP"], 1)
+        summary, rows = run(settings, tmp_path)
+    assert ([job.variant for job in summary.busy], len(rows)) == (["ZERO-STEP"], 1)
 
 
 def test_other_settings_are_refused(model, tmp_path: Path) -> None:
@@ -255,10 +255,10 @@ def test_a_tokenizer_of_another_model_fails_before_the_first_step(model, tmp_pat
     wrong = shutil.copytree(model["llama"], tmp_path / "model")
     config = json.loads((wrong / "config.json").read_text(encoding="utf-8"))
     (wrong / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}), encoding="utf-8")
-    watch = Listener()
-    tally, _ = run(tiny_settings(wrong), tmp_path / "results", watch)
-    assert (len(tally.failed), watch.steps) == (1, 0)
-    assert "eos_token_id: the model's configuration says 1, the tokenizer 2" in watch.notes[0]
+    callbacks = Listener()
+    summary, _ = run(tiny_settings(wrong), tmp_path / "results", callbacks)
+    assert (len(summary.failed), callbacks.steps) == (1, 0)
+    assert "eos_token_id: the model's configuration says 1, the tokenizer 2" in callbacks.notes[0]
 
 
 def test_missing_things_are_named(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,10 +278,12 @@ def test_a_bad_record_fails_its_jobs(model, tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[0] = lines[0].split(",")[0] + ",7"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    watch = Listener()
-    tally, rows = run(tiny_settings(model["llama"], data=str(data), variants=("ZERO-STEP",)), tmp_path / "a", watch)
-    assert (len(tally.failed), rows) == (1, {})
-    assert "subtaskA_answers_all.csv:1: label: expected one of '0', '1'; got '7'" in watch.notes[0]
+    callbacks = Listener()
+    summary, rows = run(
+        tiny_settings(model["llama"], data=str(data), variants=("ZERO-STEP",)), tmp_path / "a", callbacks
+    )
+    assert (len(summary.failed), rows) == (1, {})
+    assert "subtaskA_answers_all.csv:1: label: expected one of '0', '1'; got '7'" in callbacks.notes[0]
 
 
 def test_changed_data_are_noticed(model, tmp_path: Path) -> None:
@@ -290,10 +292,10 @@ def test_changed_data_are_noticed(model, tmp_path: Path) -> None:
     run(tiny_settings(model["llama"], variants=("ZERO-STEP",), **options), tmp_path / "results")
     for path in (data / "comve").rglob("subtaskC_*answers*.csv"):
         path.write_text(path.read_text(encoding="utf-8").replace(".", "!"), encoding="utf-8")
-    watch = Listener()
-    tally, rows = run(tiny_settings(model["llama"], **options), tmp_path / "results", watch)
-    assert (len(tally.failed), len(rows)) == (1, 1)
-    assert "comve: other examples than in the finished runs; the data files have changed" in watch.notes[0]
+    callbacks = Listener()
+    summary, rows = run(tiny_settings(model["llama"], **options), tmp_path / "results", callbacks)
+    assert (len(summary.failed), len(rows)) == (1, 1)
+    assert "comve: other examples than in the finished runs; the data files have changed" in callbacks.notes[0]
 
 
 def test_bf16_trains_and_evaluates(model, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import transformers
 
 from caref_kernels import harness
 from caref_kernels.harness.results import Results
-from caref_kernels.harness.runs import Watch, run_jobs
+from caref_kernels.harness.runs import Callbacks, run_jobs
 from caref_kernels.harness.settings import Settings
 
 # The examples in the package are in ComVE's official files: a real reader's input.
@@ -18,7 +18,7 @@ EXAMPLES = Path(harness.__file__).with_name("examples")
 KINDS = ("llama", "t5", "bart")
 
 
-class Listener(Watch):
+class Listener(Callbacks):
     """Keeps what it is told; ``stop_after`` steps it asks for a stop."""
 
     def __init__(self, stop_after: int | None = None) -> None:
@@ -90,11 +90,11 @@ def tiny_settings(model: Path, **options) -> Settings:
     return Settings(**(chosen | options))
 
 
-def run(settings: Settings, folder: Path, watch: Watch | None = None, **options):
-    """All jobs of the settings in ``folder``; the tally and the rows by run."""
+def run(settings: Settings, folder: Path, callbacks: Callbacks | None = None, **options):
+    """All jobs of the settings in ``folder``; the summary and the rows by run."""
     results = Results(folder)
-    tally = run_jobs(settings, settings.jobs(), results, watch or Listener(), **options)
-    return tally, {row["run"]: row for row in results.read().rows}
+    summary = run_jobs(settings, settings.jobs(), results, callbacks or Listener(), **options)
+    return summary, {row["run"]: row for row in results.read().rows}
 
 
 def lasting(row: dict) -> dict:

@@ -154,27 +154,27 @@ def _execute(
 ) -> None:
     from transformers.utils import logging
 
-    from .console import ConsoleWatch
+    from .console import ConsoleCallbacks
     from .results import Results, take_shard
     from .runs import DeviceLostError, run_jobs
 
     jobs, results = take_shard(settings.jobs(*exponents), shard), Results(folder)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with ConsoleWatch(len(jobs)) as watch:
+    with ConsoleCallbacks(len(jobs)) as callbacks:
         try:
-            tally = run_jobs(settings, jobs, results, watch, retry_failed=retry_failed)
+            summary = run_jobs(settings, jobs, results, callbacks, retry_failed=retry_failed)
         except DeviceLostError as error:
-            watch.note(f"{error}; going on in a fresh process")
+            callbacks.note(f"{error}; going on in a fresh process")
             # The job is marked as failed, so the next process passes it over; "resume" would try it for ever.
             command = ["run" if part == "resume" else part for part in sys.argv[1:]]
             os.execv(sys.executable, [sys.executable, "-m", "caref_kernels.harness", *command])
-    counts = {"finished": tally.finished, "there already": tally.found, "busy": tally.busy, "failed": tally.failed}
-    sys.stdout.write(", ".join(f"{len(found)} {name}" for name, found in counts.items()) + "\n")
-    if tally.stopped:
+    counts = (("finished", "finished"), ("found", "there already"), ("busy", "busy"), ("failed", "failed"))
+    sys.stdout.write(", ".join(f"{len(getattr(summary, field))} {name}" for field, name in counts) + "\n")
+    if summary.stopped:
         sys.stderr.write(f"stopped; continue with: python -m caref_kernels.harness {' '.join(sys.argv[1:])}\n")
-        raise typer.Exit(128 + watch.signal)
-    if tally.failed:
+        raise typer.Exit(128 + callbacks.signal)
+    if summary.failed:
         raise typer.Exit(_FAILED)
 
 

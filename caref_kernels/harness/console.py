@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .results import Job
-from .runs import Watch
+from .runs import Callbacks
 
 
-class ConsoleWatch(Watch):
+class ConsoleCallbacks(Callbacks):
     """A bar over the jobs and one over the steps of the current one, on standard error; a context manager.
 
     While it is entered, the first SIGTERM or SIGINT asks the run to stop after its step; a second one ends
@@ -32,7 +32,7 @@ class ConsoleWatch(Watch):
         self._handlers: dict[int, object] = {}
         self.signal: int | None = None
 
-    def __enter__(self) -> ConsoleWatch:
+    def __enter__(self) -> ConsoleCallbacks:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._asked)
         self._progress.start()

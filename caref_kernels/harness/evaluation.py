@@ -100,7 +100,7 @@ class Evaluator:
             "label_entropy": entropy[part == LABEL].mean().item(),
             "explanation_nll": nll[part == EXPLANATION].mean().item(),
             "explanation_entropy": entropy[part == EXPLANATION].mean().item(),
-            "k_t": support(entropy).mean().item(),
+            "k_t": num_kept(entropy).mean().item(),
         }
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -143,7 +143,7 @@ class Evaluator:
         return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
 
 
-def support(entropy: Tensor) -> Tensor:
+def num_kept(entropy: Tensor) -> Tensor:
     """k_t, the number of tokens that an entropy-adaptive mask of scale 1 would keep: ceil(exp(entropy))."""
     return entropy.double().exp().ceil()
 

@@ -39,7 +39,7 @@ class DeviceLostError(RuntimeError):
     """The accelerator does not answer any more: only a fresh process can go on."""
 
 
-class Watch:
+class Callbacks:
     """Whom a run reports to.  This one does not listen; the command line has one with a progress bar."""
 
     def note(self, text: str) -> None:
@@ -60,7 +60,7 @@ class Watch:
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """What became of the jobs of one call."""
 
     finished: list[Job] = field(default_factory=list)
@@ -71,8 +71,8 @@ class Tally:
 
 
 def run_jobs(
-    settings: Settings, jobs: Sequence[Job], results: Results, watch: Watch, *, retry_failed: bool = False
-) -> Tally:
+    settings: Settings, jobs: Sequence[Job], results: Results, callbacks: Callbacks, *, retry_failed: bool = False
+) -> RunSummary:
     """Run every job that has no row and that nobody else works on.
 
     Raises:
@@ -81,55 +81,55 @@ def run_jobs(
         DeviceLostError: the accelerator is gone; the job is marked as failed.
     """
     results.bind(settings.decisive())
-    tally = Tally()
-    bench = Workbench(settings, results, watch)
+    summary = RunSummary()
+    runner = Runner(settings, results, callbacks)
     for job in jobs:
-        if watch.stop():
-            tally.stopped = True
+        if callbacks.stop():
+            summary.stopped = True
             break
         try:
-            _take(job, bench, tally, retry_failed)
-            watch.done()
+            _take(job, runner, summary, retry_failed)
+            callbacks.done()
         except Stopped:
-            tally.stopped = True
+            summary.stopped = True
             break
-    return tally
+    return summary
 
 
-def _take(job: Job, bench: Workbench, tally: Tally, retry_failed: bool) -> None:
-    failure = bench.results.path("failed", f"{job.name}.json")
-    with bench.results.lock(job.name) as is_free:
+def _take(job: Job, runner: Runner, summary: RunSummary, retry_failed: bool) -> None:
+    failure = runner.results.path("failed", f"{job.name}.json")
+    with runner.results.lock(job.name) as is_free:
         # Read under the lock: whoever held it may have finished since.
-        if job.name in bench.results.finished():
-            tally.found.append(job)
+        if job.name in runner.results.finished():
+            summary.found.append(job)
             return
         if not is_free:
-            tally.busy.append(job)
+            summary.busy.append(job)
             return
         if failure.is_file() and not retry_failed:
-            bench.watch.note(f"{job.name} failed before; resume tries it again ({failure})")
-            tally.failed.append(job)
+            runner.callbacks.note(f"{job.name} failed before; resume tries it again ({failure})")
+            summary.failed.append(job)
             return
         try:
-            bench.run(job)
+            runner.run(job)
         except (Stopped, KeyboardInterrupt, FileNotFoundError, ModuleNotFoundError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's: the others go on
             write_atomically(failure, json.dumps({"run": job.name, "at": _now(), "error": traceback.format_exc()}))
-            bench.watch.note(f"{job.name} failed: {type(error).__name__}: {error}")
-            tally.failed.append(job)
+            runner.callbacks.note(f"{job.name} failed: {type(error).__name__}: {error}")
+            summary.failed.append(job)
             if _is_device_error(error):
                 raise DeviceLostError(f"{job.name}: {error}") from error
             return
         failure.unlink(missing_ok=True)
-        tally.finished.append(job)
+        summary.finished.append(job)
 
 
-class Workbench:
+class Runner:
     """What jobs share: the model's place, tokenizer, scorer and data, each loaded when a job first needs it."""
 
-    def __init__(self, settings: Settings, results: Results, watch: Watch) -> None:
-        self.settings, self.results, self.watch = settings, results, watch
+    def __init__(self, settings: Settings, results: Results, callbacks: Callbacks) -> None:
+        self.settings, self.results, self.callbacks = settings, results, callbacks
         self.device = device_name(settings.device)
         self.source = models.locate(settings)
         self.config = models.load_config(self.source)
@@ -150,7 +150,7 @@ class Workbench:
             raise ValueError(f"{job.dataset}: other examples than in the finished runs; the data files have changed")
         encoder = self.encoder(job.dataset)
         items = [encoder(shot.example, shot.explanation) for shot in split.train]
-        self.watch.job(job, 0 if VARIANTS[job.variant].trained == "nothing" else self.settings.max_steps)
+        self.callbacks.job(job, 0 if VARIANTS[job.variant].trained == "nothing" else self.settings.max_steps)
         model, curve, micro_batch = self._trained(job, encoder, items)
         trained_at = time.time()
         trained, total = trainable_parameters(model)
@@ -208,12 +208,13 @@ class Workbench:
                 # PEFT adds its regulariser to every micro-batch, so it would count once for each of them.
                 raise ValueError(f"micro_batch must be batch_size {settings.batch_size} for AdaLoRA; got {micro_batch}")
             try:
-                return model, train(model, items, self.tokenizer, job, settings, micro_batch, self.watch), micro_batch
+                curve = train(model, items, self.tokenizer, job, settings, micro_batch, self.callbacks)
+                return model, curve, micro_batch
             except torch.OutOfMemoryError:
                 if micro_batch % 2 or micro_batch == largest >> _OOM_RETRIES:
                     raise
                 micro_batch //= 2
-                self.watch.note(f"{job.name}: out of memory; micro-batch {micro_batch}, the batch stays as it is")
+                self.callbacks.note(f"{job.name}: out of memory; micro-batch {micro_batch}, the batch stays as it is")
             del model
             _free(self.device)
 
@@ -224,7 +225,7 @@ class Workbench:
             model.to(torch.bfloat16)
 
         def after_batch() -> None:
-            if self.watch.stop():
+            if self.callbacks.stop():
                 raise Stopped
 
         size = settings.eval_batch_size
@@ -238,7 +239,7 @@ class Workbench:
                 if size == 1:
                     raise
                 size //= 2
-                self.watch.note(f"out of memory in evaluation; {size} sequences at a time")
+                self.callbacks.note(f"out of memory in evaluation; {size} sequences at a time")
                 _free(self.device)
 
     def _origin(self, split: Split) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
     found = []
     for name in present:
         objective, _, trained = name.partition("-")
-        twin = f"CE-{trained}"
-        if objective in ("CAREF", "SCED", "KL") and twin in present:
-            found.append((name, twin))
+        counterpart = f"CE-{trained}"
+        if objective in ("CAREF", "SCED", "KL") and counterpart in present:
+            found.append((name, counterpart))
     if "CAREF-AQ" in present:
         found += [("CAREF-AQ", name) for name in present if VARIANTS[name].paper and name != "CAREF-AQ"]
     return found

@@ -15,14 +15,14 @@ from caref_kernels import caref_loss
 
 from ..integrations.transformers import attach_caref
 from .encoding import Encoded
-from .evaluation import IGNORED, support
+from .evaluation import IGNORED, num_kept
 from .results import Job
 from .settings import Settings
 from .summary import CURVE
 from .variants import VARIANTS
 
 if TYPE_CHECKING:
-    from .runs import Watch
+    from .runs import Callbacks
 
 
 class NonFiniteError(FloatingPointError):
@@ -84,8 +84,8 @@ class HarnessTrainer(transformers.Trainer):
 class StepCallback(transformers.TrainerCallback):
     """What happens around a step: the check of the gradient, AdaLoRA's allocator, progress, and a wish to stop."""
 
-    def __init__(self, trainer: HarnessTrainer, watch: Watch, allocates: bool) -> None:
-        self._trainer, self._watch, self._allocates = trainer, watch, allocates
+    def __init__(self, trainer: HarnessTrainer, callbacks: Callbacks, allocates: bool) -> None:
+        self._trainer, self._callbacks, self._allocates = trainer, callbacks, allocates
         self._skipped = False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
@@ -107,12 +107,12 @@ class StepCallback(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         """Report the step; when asked to stop, stop."""
-        self._watch.step()
-        if self._watch.stop():
+        self._callbacks.step()
+        if self._callbacks.stop():
             raise Stopped
 
 
-class SupportCallback(transformers.TrainerCallback):
+class NumKeptCallback(transformers.TrainerCallback):
     """Adds k_t, the mean of ceil(exp(H)) over the rows of the last micro-batch, to the records of the loss."""
 
     def __init__(self, trainer: transformers.Trainer, causal: bool) -> None:
@@ -131,7 +131,7 @@ class SupportCallback(transformers.TrainerCallback):
             rows = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._causal else labels
             options = {"lambda_sced": 0.0, "lambda_kl": 0.0, "reduction": "none", "return_terms": True}
             entropy = caref_loss(logits, rows.to(logits.device), **options).entropy
-            self._mean = support(entropy[rows.to(logits.device) != IGNORED]).mean()
+            self._mean = num_kept(entropy[rows.to(logits.device) != IGNORED]).mean()
         return (loss, outputs) if return_outputs else loss
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
@@ -141,7 +141,13 @@ class SupportCallback(transformers.TrainerCallback):
 
 
 def train(
-    model: Any, items: Sequence[Encoded], tokenizer: Any, job: Job, settings: Settings, micro_batch: int, watch: Watch
+    model: Any,
+    items: Sequence[Encoded],
+    tokenizer,
+    job: Job,
+    settings: Settings,
+    micro_batch: int,
+    callbacks: Callbacks,
 ) -> list[dict]:
     """Train ``model`` in place.
 
@@ -151,10 +157,10 @@ def train(
         tokenizer: which pads.
         job, settings: what is trained, and how.
         micro_batch: examples at a time, a divisor of the batch.
-        watch: told about every step, and asked after it whether to stop.
+        callbacks: told about every step, and asked after it whether to stop.
     Returns: the curve: one record for every logged step.
     Raises:
-        Stopped: ``watch`` asked for it.
+        Stopped: ``callbacks`` asked for it.
         NonFiniteError: the loss or a gradient is not finite.
         torch.OutOfMemoryError: the device has too little memory for the micro-batch.
     """
@@ -173,8 +179,8 @@ def train(
         # AdaLoRA keeps the model's own loss, to which PEFT adds its regulariser.
         weights = variant.weights(settings.lambda_sced, settings.lambda_kl)
         attach_caref(trainer, alpha=job.alpha, beta=job.beta, **weights)
-        trainer.add_callback(SupportCallback(trainer, causal))
-    trainer.add_callback(StepCallback(trainer, watch, variant.trained == "adalora"))
+        trainer.add_callback(NumKeptCallback(trainer, causal))
+    trainer.add_callback(StepCallback(trainer, callbacks, variant.trained == "adalora"))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     return [
