@@ -40,7 +40,7 @@ class DeviceLostError(RuntimeError):
 
 
 class Callbacks:
-    """Whom a run reports to.  This one does not listen; the command line has one with a progress bar."""
+    """What a run reports to.  This one does nothing; the command line has one with a progress bar."""
 
     def note(self, text: str) -> None:
         """Something that a user should read."""

@@ -143,7 +143,7 @@ class NumKeptCallback(transformers.TrainerCallback):
 def train(
     model: Any,
     items: Sequence[Encoded],
-    tokenizer,
+    tokenizer: Any,
     job: Job,
     settings: Settings,
     micro_batch: int,
