@@ -62,7 +62,7 @@ def test_marked_tests_are_those_of_a_device():
     listed = _pytest("-m", "gpu", "--collect-only", "tests/test_determinism.py", "tests/test_on_cuda.py", "tests/gpu")
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     assert {name.split("::")[0].split("/")[-2] for name in names} == {"tests", "gpu"}
-    assert any("test_run_to_run[triton]" in name for name in names)
+    assert any("test_results_are_identical_run_to_run[triton]" in name for name in names)
     assert not [name for name in names if "[cpu" in name or "emulated" in name or "reference" in name]
 
 

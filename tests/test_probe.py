@@ -63,11 +63,11 @@ def test_a_model_that_asks_for_two_losses_is_refused():
 def test_every_name_of_a_factor_of_the_logits_is_tried(name):
     model = tiny_heads.make("llama")
     setattr(model.config, name, 2.5)
-    assert probe._candidates(model, probe._FACTORS, True) == [None, 2.5, 0.4]
+    assert probe._attributes(model, probe._FACTORS) == [2.5]
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "softcap", "logit_softcap"])
 def test_every_name_of_a_softcap_is_tried(name):
     model = tiny_heads.make("llama")
     setattr(model.config, name, 2.5)
-    assert probe._candidates(model, probe._SOFTCAPS, False) == [None, 2.5]
+    assert probe._attributes(model, probe._SOFTCAPS) == [2.5]
