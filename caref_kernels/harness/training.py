@@ -164,7 +164,6 @@ def train(
         NonFiniteError: the loss or a gradient is not finite.
         torch.OutOfMemoryError: the device has too little memory for the micro-batch.
     """
-    transformers.set_seed(job.seed)
     causal, variant = not model.config.is_encoder_decoder, VARIANTS[job.variant]
     base = model.get_base_model() if variant.is_adapter else model
     trainer = HarnessTrainer(
@@ -195,7 +194,7 @@ def _arguments(settings: Settings, seed: int, micro_batch: int, device: torch.de
         output_dir=".",  # the Trainer makes its folder, and nothing is written there
         use_cpu=device.type == "cpu",
         bf16=settings.precision == "bf16",
-        seed=seed,
+        seed=seed,  # which the Trainer sets when it is made
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=settings.batch_size // micro_batch,
         max_steps=settings.max_steps,
