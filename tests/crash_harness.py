@@ -66,14 +66,15 @@ def start(settings, folder: Path, fatal_sync: int | None = None) -> int:
 
 
 def disturb(settings, folder: Path, kills: int, longest: float, generator: random.Random) -> tuple[int, int]:
-    """Run and kill until the kills are used up or the experiment is finished: kills, and those within a sync.
+    """Run and kill until the kills are used up or two runs are left: kills, and those within a sync.
 
     Raises:
         ValueError: a child failed.
     """
     done = in_sync = 0
-    while done < kills:
-        fatal_sync = generator.randint(1, 20) if done % 4 == 3 else None
+    while done < kills and len(Results(folder).finished()) <= len(VARIANTS) - 2:
+        # A run syncs four times: its answers, its row, and the folder of each.
+        fatal_sync = generator.randint(1, 6) if done % 4 == 3 else None
         child = start(settings, folder, fatal_sync)
         if fatal_sync is None:
             time.sleep(generator.uniform(0, longest))
