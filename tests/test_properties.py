@@ -130,7 +130,8 @@ def test_gradients_sum_to_zero(drawn, powers):
     logits, labels, backend = drawn
     gradients = evaluate(logits, labels, alpha=powers[0], beta=powers[1], backend=backend).gradients
     for part, gradient in gradients.items():
-        check_row_sums(gradient, part)
+        # The SCED gradient of rows with few different values is a small difference of slopes near 1.
+        check_row_sums(gradient, part, least_unit=0.1)
 
 
 @few_rows

@@ -85,7 +85,7 @@ def is_too_large(name: str, parameters: dict[str, object]) -> bool:
     if name == "test_distributions" and parameters["columns"] == 32_128:
         return parameters["regime"] not in WIDE_REGIMES
     # Rows wider than the lists of a selection are tested with one regime that has ties and one that has none.
-    if name == "test_values_given_the_support" and parameters["columns"] == 5000:
+    if name == "test_values_given_the_num_kept" and parameters["columns"] == 5000:
         return parameters["regime"] not in ("lm_like", "tied_maxima")
     columns = parameters.get("columns", 0)
     return name in TOO_LARGE or (isinstance(columns, int) and columns > WIDEST)

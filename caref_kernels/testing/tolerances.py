@@ -156,12 +156,13 @@ def check_gradient(actual: Tensor, expected: Tensor, eager: Tensor | None = None
     check_row_sums(actual.flatten(0, -2)[by_norm], label)
 
 
-def check_row_sums(gradient: Tensor, label: str = "gradient") -> None:
-    """Every row of a gradient of the loss sums to zero, because the softmax is invariant under a shift."""
+def check_row_sums(gradient: Tensor, label: str = "gradient", least_unit: float = 0.0) -> None:
+    """Every row of a gradient sums to zero, relative to its sum of magnitudes or ``least_unit`` if that is larger."""
     rows = gradient.double().flatten(0, -2)
     if gradient.dtype == torch.float16:
         rows = rows[(rows.abs() < torch.finfo(torch.float16).tiny).double().mean(-1) <= SUBNORMAL_SHARE]
     least = SHORT_ROW_UNITS["row_sum"] if gradient.size(-1) < SHORT_ROW else torch.finfo(torch.float64).tiny
+    least = max(least, least_unit)
     share = rows.sum(-1).abs() / rows.abs().sum(-1).clamp_min(least)
     _within(f"{label} (row sum)", share, Tolerance(ROW_SUM[gradient.dtype], 0.0))
 
