@@ -22,7 +22,7 @@ def _leaf(rows=4, columns=7, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
-def test_gradcheck(backend, alpha, beta):
+def test_gradcheck_of_exponents(backend, alpha, beta):
     """gradcheck in slow mode, with an ignored row, on the loss and the three terms at once."""
     labels = torch.tensor([1, -100, 6, 0])
     for reduction in ("mean", "none"):

@@ -273,7 +273,7 @@ def test_chunks_of_real_heads(shape, dtype, trains, expected):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_terms(backend, reduction):
+def test_terms_of_a_head(backend, reduction):
     problem = make_problem(seed=8)
     options = {"reduction": reduction, "return_terms": True, "lambda_sced": 0.0}
     out = linear_caref_loss(*problem, chunk_rows=10, backend=backend, **options)

@@ -130,7 +130,7 @@ def test_one_spoiled_row_is_one_spoiled_row(backend):
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-def test_second_backward(backend):
+def test_second_backward_of_a_head(backend):
     """A retained graph gives the gradients again, not scaled twice; without one torch raises."""
     problem = make_problem(seed=3)
     loss = linear_caref_loss(*problem, chunk_rows=8, backend=backend)
@@ -309,7 +309,7 @@ def test_opcheck_of_heads(backend, needs):
 @compiler
 @torch._functorch.config.patch(donated_buffer=False)  # else torch refuses retain_graph by itself
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_equals_eager(backend, reduction):
+def test_compiled_head_equals_eager(backend, reduction):
     """A head compiles to one graph, bitwise identical to eager mode, and a second backward is not scaled twice."""
     torch._dynamo.reset()
 
