@@ -112,7 +112,7 @@ def runnable(candidates: tuple, prepare: Callable) -> tuple[list, dict[str, str]
             reason = "out of memory"
         except AssertionError as error:
             reason = f"does not pass verification: {error}"
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             if "CUDA error" in str(error):  # the device is lost for this process
                 raise
             reason = f"{type(error).__name__}: {str(error)[:300]}"

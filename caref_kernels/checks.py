@@ -77,7 +77,12 @@ def valid_labels(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def check_label_range(labels: Tensor, columns: int, ignore_index: int) -> None:
-    """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``."""
+    """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``.
+
+    Labels on a device are not read, which would synchronise; there the kernels make the row NaN.
+    """
+    if labels.device.type != "cpu":
+        return
     wrong = ((labels < 0) | (labels >= columns)) & valid_labels(labels, ignore_index)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import linear_chunks, ops
 from .autograd import RefuseSecondDerivative, divided, gradient_of_terms, take
-from .checks import check_head, check_labels, check_linear_order
+from .checks import check_head, check_label_range, check_labels, check_linear_order
 from .config import CarefConfig, HeadOptions, Reduction
 from .distributed.shard import VocabShard, check_shard
 from .functional import CarefOutput, divisor_of, name_results, rows_of
@@ -275,7 +275,7 @@ def _forward_implementation(*arguments):
     rows = ops.DirectRows(backend, spec)
     with torch.autocast(head.hidden.device.type, enabled=False):
         if targets is not None:
-            linear_chunks.check_targets(targets, head.weight.size(0), spec)
+            check_label_range(targets, head.weight.size(0), spec.ignore_index)
         return linear_chunks.forward(head, targets, rows, weights, NeedsInputGrad(*needs_input_grad), chunk_rows)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_label_range, valid_labels
+from .checks import valid_labels
 from .config import RowSpec
 from .distributed.local_stats import blocks
 from .objective import NUM_TERMS, accumulation_dtype, statistics_of
@@ -201,12 +201,6 @@ def _valid_rows(targets: Tensor | None, spec: RowSpec) -> Tensor | None:
 
 def _is_capturing(targets: Tensor | None) -> bool:
     return targets is not None and targets.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def check_targets(targets: Tensor, columns: int, spec: RowSpec) -> None:
-    """Raise IndexError for a label on the CPU that is no column; on a device the kernels make its row NaN."""
-    if targets.device.type == "cpu":
-        check_label_range(targets, columns, spec.ignore_index)
 
 
 class _Gradients:

@@ -241,7 +241,7 @@ class DirectRows(WholeRows):
         """See :class:`Rows`."""
         return backends.get(self.backend).forward(logits, targets, self.spec)
 
-    def gradient(  # noqa: PLR0913
+    def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, inplace: bool,
         numbers: None = None,  # noqa: ARG002
     ) -> Tensor:  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,25 +26,19 @@ ROWS, COLUMNS, FEATURES = 13, 203, 8
 SIZES = {2: [3, 200], 3: [100, 1, 102], 4: [50, 0, 103, 50]}
 
 
-def run(rank: int, world: int, store: str) -> None:
-    """Run all checks of one process; an error in any process ends them all."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        first = sum(SIZES[world][:rank])
-        columns = slice(first, first + SIZES[world][rank])
-        shard = VocabShard.gather(SIZES[world][rank])
-        assert shard == VocabShard(None, first, SIZES[world][rank], COLUMNS)
-        for dtype in (torch.float32, torch.bfloat16):
-            check_logits(columns, shard, dtype)
-            check_head(columns, shard, dtype)
-        check_counts(columns, shard)
-        check_dtensor(world)
-        check_same_columns(world)
-        check_refusals(columns, shard)
-    finally:
-        dist.destroy_process_group()
+def run(rank: int, world: int, folder: Path) -> None:
+    """Run all checks of one process."""
+    first = sum(SIZES[world][:rank])
+    columns = slice(first, first + SIZES[world][rank])
+    shard = VocabShard.gather(SIZES[world][rank])
+    assert shard == VocabShard(None, first, SIZES[world][rank], COLUMNS)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_logits(columns, shard, dtype)
+        check_head(columns, shard, dtype)
+    check_counts(columns, shard)
+    check_dtensor(world)
+    check_same_columns(world)
+    check_refusals(columns, shard)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import warnings
+from pathlib import Path
 
 import peft
 import tiny_heads
@@ -25,21 +26,15 @@ FUSED = (False, True)
 VARIABLES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
 
 
-def run(rank: int, world: int, store: str) -> None:
-    """Run all checks of one process; an error in any process ends them all."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def run(rank: int, world: int, folder: Path) -> None:
+    """Run all checks of one process."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        check_data_parallel(rank, world)
-        check_fully_sharded(rank, world)
-        check_mixed_precision(rank, world)
-        check_tensor_parallel(rank, world)
-        check_tensor_parallel_refusals(rank, world)
-        check_trainer_records(rank, world, store)
-    finally:
-        dist.destroy_process_group()
+    check_data_parallel(rank, world)
+    check_fully_sharded(rank, world)
+    check_mixed_precision(rank, world)
+    check_tensor_parallel(rank, world)
+    check_tensor_parallel_refusals(rank, world)
+    check_trainer_records(rank, world, folder)
 
 
 def batch_of(rank: int, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -210,13 +205,13 @@ def check_tensor_parallel_refusals(rank: int, world: int) -> None:
         raise AssertionError("a head that is sharded over its features was fused")
 
 
-def check_trainer_records(rank: int, world: int, store: str) -> None:
+def check_trainer_records(rank: int, world: int, folder: Path) -> None:
     """The terms of all ranks add up to the Trainer's loss, in training and evaluation; one rank may log by itself."""
     os.environ.update(VARIABLES, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     for fuse_head, average in itertools.product(FUSED, (True, False)):
         trainer = tiny_trainers.make_trainer(
             "llama",
-            f"{store}-trainer",
+            str(folder / "trainer"),
             max_steps=3,
             logging_steps=3,
             per_device_train_batch_size=2,

@@ -78,5 +78,6 @@ def test_options_are_checked(options, error, message):
 
 
 def test_two_ranks_count_together(tmp_path):
+    ranks = pytest.importorskip("ranks", reason="needs torch built with distributed")
     counting_ranks = pytest.importorskip("counting_ranks", reason="needs torch built with distributed")
-    torch.multiprocessing.spawn(counting_ranks.run, args=(2, str(tmp_path / "store")), nprocs=2)
+    ranks.start(counting_ranks.run, 2, tmp_path)

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("filelock")
 
-from benchmarks.harness import FOLDER, Study, block, study  # noqa: E402
-from benchmarks.tables import Page  # noqa: E402
-from caref_kernels.harness.results import Reading  # noqa: E402
+from benchmarks.harness import FOLDER, Study, block, study
+from benchmarks.tables import Page
+from caref_kernels.harness.results import Reading
 
 PAGE = Page("../", "", "")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch.multiprocessing
+import ranks
 
 pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("peft")
 
-import model_loss_ranks  # noqa: E402 - after the guards above
+import model_loss_ranks  # after the guards above
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(model_loss_ranks.run, (2, str(tmp_path / "store")), nprocs=2)
+    ranks.start(model_loss_ranks.run, 2, tmp_path)

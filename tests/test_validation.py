@@ -236,6 +236,15 @@ def test_explain_names_every_backend_and_reason(capsys):
     assert "float32 logits on cpu" in explain()
 
 
+def test_explain_names_the_backend_of_sharded_rows(monkeypatch):
+    for name in ("reference", "cpu"):
+        monkeypatch.setattr(backends, "_default_choice", name)
+        own = hasattr(backends.get(name), "sums")
+        runs = backends.get(name).unsupported(LOGITS) is None
+        line = f"rows of a sharded vocabulary are summed by reference: {name} has no kernels for them"
+        assert (line in explain(LOGITS)) == (runs and not own)
+
+
 def test_auto_takes_the_first_that_runs():
     first = next(name for name in backends.ORDER if backends.get(name).unsupported(LOGITS) is None)
     if first == "reference":

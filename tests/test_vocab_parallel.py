@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,41 +12,19 @@ from caref_kernels.testing import check_identity, make_case
 
 SHARD = VocabShard(None, 0, 5, 5)
 pytest.importorskip("torch.distributed")
+ranks = pytest.importorskip("ranks", reason="needs torch built with distributed")
 gloo_ranks = pytest.importorskip("gloo_ranks", reason="needs torch built with distributed")
 dtensor_ranks = pytest.importorskip("dtensor_ranks", reason="needs torch built with distributed")
 
 
-@pytest.fixture(scope="module")
-def _server():
-    """A process that has imported everything; ranks are forked from it in milliseconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["gloo_ranks", "dtensor_ranks"])
-        yield
-
-
-def _start(run, world, folder):
-    context = torch.multiprocessing.start_processes(
-        run,
-        args=(world, str(folder / "store")),
-        nprocs=world,
-        join=False,
-        start_method="forkserver",
-    )
-    while not context.join(timeout=120):
-        pass
-
-
-@pytest.mark.usefixtures("_server")
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes(world, tmp_path):
-    _start(gloo_ranks.run, world, tmp_path)
+    ranks.start(gloo_ranks.run, world, tmp_path)
 
 
-@pytest.mark.usefixtures("_server")
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_said_about_a_dtensor_works(world, tmp_path):
-    _start(dtensor_ranks.run, world, tmp_path)
+    ranks.start(dtensor_ranks.run, world, tmp_path)
 
 
 def test_without_process_group():

@@ -136,6 +136,9 @@ def explain(logits: Tensor | None = None) -> str:
         state = "runs" if name == chosen else "available" if reason is None else f"not available: {reason}"
         detail = getattr(get(name), "describe", str)() if reason is None else ""
         lines.append(f"  {name:<10} {state}{f' ({detail})' if detail else ''}")
+    if chosen is not None and sharded(chosen).name != chosen:
+        summing = sharded(chosen).name
+        lines.append(f"  rows of a sharded vocabulary are summed by {summing}: {chosen} has no kernels for them")
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     return text

@@ -63,9 +63,8 @@ def _prepare(
     else:
         valid = valid_labels(targets, spec.ignore_index)[:, None]
         inside = (targets >= 0) & (targets < values.size(-1))
-        if targets.device.type == "cpu":
-            check_label_range(targets, values.size(-1), spec.ignore_index)
-        else:  # without a synchronisation: the row becomes NaN
+        check_label_range(targets, values.size(-1), spec.ignore_index)
+        if targets.device.type != "cpu":
             values = torch.where(valid & ~inside[:, None], torch.nan, values)
         labels = torch.where(inside & valid[:, 0], targets, 0).long()
     # Rows that are not valid may hold anything, so they are replaced before any arithmetic.

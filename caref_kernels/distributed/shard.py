@@ -241,8 +241,7 @@ class ShardedRows(NamedTuple):
 
     def local_labels(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(N,) int64: this rank's column of the label, ``ELSEWHERE`` or ``IGNORED``; IndexError on the CPU."""
-        if targets.device.type == "cpu":
-            check_label_range(targets, self.total, self.spec.ignore_index)
+        check_label_range(targets, self.total, self.spec.ignore_index)
         label = targets.long() - self.first_column
         label = torch.where((label >= 0) & (label < logits.size(1)), label, ELSEWHERE)
         is_ignored = ~valid_labels(targets, self.spec.ignore_index) | (targets < 0) | (targets >= self.total)

@@ -114,7 +114,7 @@ def _take(job: Job, runner: Runner, summary: RunSummary, retry_failed: bool) -> 
             runner.run(job)
         except (Stopped, KeyboardInterrupt, FileNotFoundError, ModuleNotFoundError):
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's: the others go on
+        except Exception as error:  # whatever it is, it is this job's: the others go on
             write_atomically(failure, json.dumps({"run": job.name, "at": _now(), "error": traceback.format_exc()}))
             runner.callbacks.note(f"{job.name} failed: {type(error).__name__}: {error}")
             summary.failed.append(job)

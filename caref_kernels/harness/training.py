@@ -29,7 +29,7 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient that is NaN or infinite; the message is the dump."""
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked the run to stop, and it did
+class Stopped(Exception):  # no error: somebody asked the run to stop, and it did
     """The run stopped after a step or batch because it was asked to; it begins anew next time."""
 
 

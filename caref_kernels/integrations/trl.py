@@ -22,9 +22,9 @@ try:
 except ImportError as error:
     raise ImportError("caref_kernels.integrations.trl needs trl >= 1.16 (pip install trl)") from error
 
-from .passes import TERMS, PassTerms, record_terms  # noqa: E402 - after the guard
-from .trainer import loss_scale  # noqa: E402
-from .transformers import attach_caref, base_model  # noqa: E402
+from .passes import TERMS, PassTerms, record_terms  # after the guard
+from .trainer import loss_scale
+from .transformers import attach_caref, base_model
 
 
 class CarefSFTTrainer(SFTTrainer):
