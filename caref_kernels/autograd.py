@@ -26,16 +26,18 @@ class LossCall(NamedTuple):
 class CarefFunction(torch.autograd.Function):
     """(loss, terms, statistics) of logits (N, V) or (B, T, V); ``varying`` and ``numbers`` as in ops.py.
 
+    ``token_weights`` (N,) are factors of the rows.
+
     ``loss`` and ``terms`` are differentiable, ``statistics`` are not.  With ``per_row`` they are (N,) and (N, 3),
     otherwise the sums over rows, () and (3,), divided by ``divisor`` if there is one.  Where the vocabulary is sharded,
     the logits are (N, V_local), and the ranks exchange what they need in the forward, nothing in the backward.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, divisor, varying, numbers, call: LossCall):
+    def forward(ctx, logits, targets, divisor, varying, numbers, token_weights, call: LossCall):
         terms, stats = call.rows.forward(logits, targets, numbers)
-        loss, reduced = ops.reduce(terms, divisor, call.weights, call.per_row, call.any_items, varying)
-        ctx.save_for_backward(logits, targets, divisor, varying, numbers, stats)
+        loss, reduced = ops.reduce(terms, divisor, call.weights, call.per_row, call.any_items, varying, token_weights)
+        ctx.save_for_backward(logits, targets, divisor, varying, numbers, token_weights, stats)
         ctx.call, ctx.intact = call, [True]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -44,16 +46,16 @@ class CarefFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
         if grad_loss is None and grad_reduced is None:
-            return (None,) * 6
+            return (None,) * 7
         # Dynamo traces this with gradients enabled although it never differentiates it a second time.
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if create_graph and ctx.call.rows.is_twice_differentiable:
-            return _differentiable_gradient(ctx, grad_loss, grad_reduced), *(None,) * 5
+            return _differentiable_gradient(ctx, grad_loss, grad_reduced), *(None,) * 6
         with torch.no_grad():
             gradient = _fused_gradient(ctx, grad_loss, grad_reduced)
         if create_graph:
             gradient = RefuseSecondDerivative.apply(gradient, ctx.saved_tensors[0])
-        return gradient, *(None,) * 5
+        return gradient, *(None,) * 6
 
 
 class RefuseSecondDerivative(torch.autograd.Function):
@@ -76,9 +78,14 @@ class RefuseSecondDerivative(torch.autograd.Function):
 
 
 def gradient_of_terms(
-    call, grad_loss: Tensor | None, grad_reduced: Tensor | None, divisor: Tensor | None, varying: Tensor | None
+    call,
+    grad_loss: Tensor | None,
+    grad_reduced: Tensor | None,
+    divisor: Tensor | None,
+    varying: Tensor | None,
+    token_weights: Tensor | None,
 ) -> Tensor:
-    """Gradients of the row terms, (N, 3), or (3,) where the rows were summed."""
+    """Gradients of the row terms, (N, 3), or (3,) where they are the same for every row."""
     grad = grad_reduced
     if grad_loss is not None:
         weights = call.weights if varying is None else varying.unbind()
@@ -86,7 +93,7 @@ def gradient_of_terms(
         grad = weighted if grad is None else grad + weighted
     if divisor is not None:
         grad = divided(grad, divisor) if call.any_items else grad / divisor
-    return grad
+    return grad if token_weights is None else grad * token_weights[:, None]
 
 
 def divided(grad_loss: Tensor, divisor: Tensor) -> Tensor:
@@ -108,9 +115,9 @@ def take(holder: list):
 
 
 def _fused_gradient(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
-    logits, targets, divisor, varying, numbers, stats = ctx.saved_tensors
+    logits, targets, divisor, varying, numbers, token_weights, stats = ctx.saved_tensors
     call = ctx.call
-    grad_terms = gradient_of_terms(call, grad_loss, grad_reduced, divisor, varying).to(stats.dtype)
+    grad_terms = gradient_of_terms(call, grad_loss, grad_reduced, divisor, varying, token_weights).to(stats.dtype)
     grad_terms = grad_terms.expand(len(stats), -1)
     if not call.inplace_backward:
         return call.rows.gradient(grad_terms, logits, targets, stats, False, numbers)
@@ -127,8 +134,8 @@ def _fused_gradient(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) 
 
 
 def _differentiable_gradient(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> Tensor:
-    logits, targets, divisor, varying, _, stats = ctx.saved_tensors
-    grad_terms = gradient_of_terms(ctx.call, grad_loss, grad_reduced, divisor, varying).to(stats.dtype)
+    logits, targets, divisor, varying, _, token_weights, stats = ctx.saved_tensors
+    grad_terms = gradient_of_terms(ctx.call, grad_loss, grad_reduced, divisor, varying, token_weights).to(stats.dtype)
     spec = ctx.call.rows.spec.for_columns(logits.size(-1))
     reference = backends.get("reference")
     return reference.differentiable_gradient(grad_terms.expand(len(stats), -1), logits, targets, spec)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import objective
+from .config import CarefConfig
 from .distributed import dtensors
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,8 +60,8 @@ def check_order(floating: Tensor, labels: Tensor, rows: Tensor, names: tuple[str
         raise TypeError(f"{names[0]} and {names[1]} look swapped: {signature}")
 
 
-def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
-    """The labels as (N,), contiguous; ``of`` names the tensor to whose rows they belong."""
+def check_labels(labels: Tensor, logits: Tensor, config: CarefConfig, of: str = "logits") -> Tensor:
+    """The labels as (N,), contiguous, shifted if ``config`` asks; ``of`` names the tensor to whose rows they belong."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor; got {describe(labels)}")
     if dtensors.is_dtensor(labels):
@@ -68,7 +69,36 @@ def check_labels(labels: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels: target must hold class indices (int32 or int64); got {labels.dtype}")
     _check_row_shape("labels", labels, logits, of)
+    if config.shift:  # int64, which holds every ignore_index
+        labels = _shifted(labels.long(), config.ignore_index)
     return labels.reshape(-1).contiguous()
+
+
+def check_token_weights(
+    weights: Tensor | None, logits: Tensor, labels: Tensor, config: CarefConfig, of: str = "logits"
+) -> Tensor | None:
+    """The weights as (N,), in the accumulation dtype, shifted as the labels, and 0 for rows that are not valid."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"token_weights: expected a torch.Tensor or None; got {describe(weights)}")
+    if dtensors.is_dtensor(weights):
+        dtensors.refuse("token_weights", weights, "")
+    if weights.dtype.is_complex:
+        raise TypeError(f"token_weights: expected real numbers; got {weights.dtype}")
+    if weights.requires_grad:
+        raise ValueError("token_weights must not require grad: no gradient is provided; pass token_weights.detach()")
+    _check_row_shape("token_weights", weights, logits, of)
+    weights = weights.to(objective.accumulation_dtype(logits.dtype))
+    weights = (_shifted(weights, 0) if config.shift else weights).reshape(-1)
+    return torch.where(valid_labels(labels, config.ignore_index), weights, 0)
+
+
+def _shifted(rows: Tensor, last: float) -> Tensor:
+    """The value at i + 1 for each position i of (..., T), and ``last`` at the last position."""
+    rows = rows.roll(-1, -1)
+    rows[..., -1:] = last
+    return rows
 
 
 def valid_labels(labels: Tensor, ignore_index: int) -> Tensor:

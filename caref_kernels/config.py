@@ -113,6 +113,7 @@ class CarefConfig:
     lambda_kl: float = 0.1
     sparsity: Sparsity | None = None
     ignore_index: int = -100
+    shift: bool = False
     reduction: Reduction = "mean"
     vocab_size: int | None = None
     backend: str = "auto"
@@ -132,7 +133,7 @@ class CarefConfig:
             _check_integer("vocab_size", self.vocab_size, 1, INT64_RANGE[1])
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string; got {self.backend!r}")
-        for name in ("inplace_backward", "return_terms"):
+        for name in ("shift", "inplace_backward", "return_terms"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
 

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, objective, ops
+from . import backends, checks, objective, ops
 from .autograd import CarefFunction, LossCall
-from .checks import check_inplace, check_labels, check_logits, check_order, check_valid, describe, valid_labels
-from .config import CarefConfig, Reduction, RowSpec
-from .distributed import dtensors
+from .config import CarefConfig, Reduction
 from .distributed.shard import ShardedRows, VocabShard, local_logits, resolved_shard
+from .divisor import Divisor, divisor_of
 from .sparsity import Sparsity
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-_POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 class CarefOutput(NamedTuple):
     """The loss and its terms, all reduced alike: shape () for "mean" and "sum", that of the labels for "none".
 
     ``loss``, ``ce``, ``sced`` and ``kl`` are differentiable, so that a script may weight the terms itself.
-    ``entropy`` (nats) is not: it equals ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of
+    ``entropy`` (nats) equals ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of
     several, is that of the label; ``None`` where the vocabulary is sharded.  ``num_kept`` is the number of tokens in
-    the top-k mask of a row; ``None`` without ``sparsity``.
+    the top-k mask of a row; ``None`` without ``sparsity``.  ``lse`` is log sum_v exp(z_v) of the row, so that the
+    log-probability of any logit z is z - lse.  These four have no gradient and no token weights.
     """
 
     loss: Tensor
@@ -39,6 +36,7 @@ class CarefOutput(NamedTuple):
     entropy: Tensor
     accuracy: Tensor | None = None
     num_kept: Tensor | None = None
+    lse: Tensor | None = None
 
 
 def caref_loss(
@@ -51,8 +49,10 @@ def caref_loss(
     lambda_kl: float = CarefConfig.lambda_kl,
     sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
+    shift: bool = CarefConfig.shift,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
     vocab_size: int | None = CarefConfig.vocab_size,
     backend: str = CarefConfig.backend,
     inplace_backward: bool = CarefConfig.inplace_backward,
@@ -64,7 +64,7 @@ def caref_loss(
     .. math:: \mathrm{SCED} = \sum_v |p_v \log(p_v / U)|^\alpha (1 - p_v)^\beta,  \quad U = 1/V
 
     The definition is that of arXiv 2605.27835, Eq. 2, with 0 log 0 = 0 and no epsilon inside the logarithm; see
-    :mod:`caref_kernels.objective`.  Rows are not shifted: for a causal model pass labels already moved by one position.
+    :mod:`caref_kernels.objective`.
 
     Args:
         logits: ``(..., V)``, float16, bfloat16, float32 or float64, at least 2-D.  Any strides: they are copied only if
@@ -82,16 +82,21 @@ def caref_loss(
             Logits that are equal at the k-th place share the weight that is left.  With ``shard`` it takes an
             all-gather of (N, max k) values, two more sums, and max k is read by the host.
         ignore_index: label of the rows that are left out of every term, whatever their logits hold.
+        shift: for a causal model: compute the loss of ``logits[..., :-1, :]`` with ``labels[..., 1:]``, without a copy
+            of the logits.
         reduction: ``"mean"`` over the valid rows, ``"sum"`` or ``"none"``.
         num_items: divisor that replaces the number of valid rows in ``"mean"``: a number >= 0, or a 0-D tensor, whose
             value is not read from a device.  0 is for a rank or a micro-batch without a valid row: loss and gradient
             are 0.  With valid rows 0 is an error on the CPU; on a device the loss is infinite, with a zero gradient.
+        token_weights: ``(...)``, real numbers of any sign on the device of the logits, shifted as the labels are: the
+            factor of each row's loss and of its three terms.  ``"mean"`` still divides by the number of valid rows;
+            for a weighted mean pass ``num_items=token_weights.sum()`` over them.
         vocab_size: V of U = 1/V, in [1, 10 * columns]; by default the number of columns (of all ranks).
         backend: ``"auto"`` or a name from :func:`caref_kernels.explain`.
         inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
             needs).  Their version counter is raised, so that a later use of their value is an autograd error.  Hooks
             under which another operator saved ``logits`` cannot be seen here and must have copied them.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, num_kept).
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, num_kept, lse).
         shard: where the columns of this rank lie, if several ranks share the vocabulary: a
             :class:`caref_kernels.VocabShard`, or the process group of ranks that hold the columns in their order.  A
             group takes one small exchange of sizes per call; it is an error if every rank then holds the same columns
@@ -100,8 +105,8 @@ def caref_loss(
 
     Returns:
         The loss, or :class:`CarefOutput`; float32 (float64 for float64 logits), in nats; a scalar, or ``(...)`` for
-        ``"none"``.  ``"mean"`` over no row is NaN with a zero gradient.  All ranks of a shard get the same loss,
-        bitwise.
+        ``"none"``, with ``shift`` one position shorter.  ``"mean"`` over no row is NaN with a zero gradient.  All ranks
+        of a shard get the same loss, bitwise.
 
     Raises:
         IndexError: on the CPU, a label that is neither in [0, V) nor ``ignore_index``; elsewhere its row is NaN.
@@ -135,13 +140,14 @@ def caref_loss(
         lambda_kl=lambda_kl,
         sparsity=sparsity,
         ignore_index=ignore_index,
+        shift=shift,
         reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
         inplace_backward=inplace_backward,
         return_terms=return_terms,
     )
-    return caref_from_config(logits, labels, num_items, config, shard)
+    return caref_from_config(logits, labels, num_items, config, shard, token_weights)
 
 
 def fused_sced(
@@ -192,10 +198,10 @@ def fused_sced(
 
 def sced_from_config(logits: Tensor, valid: Tensor | None, num_items: float | Tensor | None, config: CarefConfig):
     """:func:`fused_sced` with its options already in a configuration, whose lambdas are not read."""
-    check_logits("logits", logits, "fused_sced")
-    targets = None if valid is None else check_valid(valid, logits)
+    checks.check_logits("logits", logits, "fused_sced")
+    targets = None if valid is None else checks.check_valid(valid, logits)
     loss, *_ = _run(logits, targets, num_items, config, None)
-    return loss
+    return loss.reshape(logits.shape[:-1]) if config.reduction == "none" else loss
 
 
 def caref_from_config(
@@ -204,53 +210,74 @@ def caref_from_config(
     num_items: float | Tensor | None,
     config: CarefConfig,
     shard: VocabShard | dist.ProcessGroup | None = None,
+    token_weights: Tensor | None = None,
 ):
     """:func:`caref_loss` with its options already in a configuration."""
-    check_order(logits, labels, labels, ("logits", "labels"), "caref_loss takes (logits, labels)")
+    checks.check_order(logits, labels, labels, ("logits", "labels"), "caref_loss takes (logits, labels)")
     logits, shard = local_logits(logits, shard)
-    check_logits("logits", logits, "caref_loss", least_columns=1 if shard is None else 0)
-    labels = check_labels(labels, logits)
-    results = _run(logits, labels, num_items, config, shard)
-    return name_results(*results, labels if shard is None else None, config)
+    checks.check_logits("logits", logits, "caref_loss", least_columns=1 if shard is None else 0)
+    labels = checks.check_labels(labels, logits, config)
+    token_weights = checks.check_token_weights(token_weights, logits, labels, config)
+    results = _run(logits, labels, num_items, config, shard, token_weights)
+    return name_results(*results, labels if shard is None else None, logits.shape[:-1], config)
 
 
 def name_results(
-    loss: Tensor, terms: Tensor, stats: Tensor, divisor: Divisor, targets: Tensor | None, config: CarefConfig
+    loss: Tensor,
+    terms: Tensor,
+    stats: Tensor,
+    divisor: Divisor,
+    targets: Tensor | None,
+    shape: torch.Size,
+    config: CarefConfig,
 ):
-    """The loss, or the loss with its terms, as the configuration asks; without ``targets`` there is no accuracy."""
+    """The loss, or the loss with its terms, as the configuration asks; without ``targets`` there is no accuracy.
+
+    ``shape`` is that of the rows.
+    """
+
+    def named(value: Tensor) -> Tensor:
+        if config.reduction != "none":
+            return value
+        return value.reshape(shape)[..., :-1] if config.shift else value.reshape(shape)
+
     if not config.return_terms:
-        return loss
-    shape = loss.shape
-    residual, mean_shift, argmax = (
-        stats[:, objective.STATISTICS.index(name)] for name in ("residual", "mean_shift", "argmax")
-    )
-    observed = {"entropy": objective.entropy(residual, mean_shift)}
+        return named(loss)
+    columns = dict(zip(objective.STATISTICS + objective.TOP_K_STATISTICS, stats.unbind(-1), strict=False))
+    observed = {"entropy": objective.entropy(columns["residual"], columns["mean_shift"])}
     if targets is not None:
-        is_correct = (argmax == targets) & valid_labels(targets, config.ignore_index)
+        is_correct = (columns["argmax"] == targets) & checks.valid_labels(targets, config.ignore_index)
         observed["accuracy"] = is_correct.to(stats.dtype)
     if config.sparsity is not None:
-        observed["num_kept"] = stats[:, len(objective.STATISTICS) + objective.TOP_K_STATISTICS.index("num_kept")]
+        observed["num_kept"] = columns["num_kept"]
+    observed["lse"] = columns["maximum"] + torch.log1p(columns["residual"])
     if config.reduction != "none":
         observed = {name: divisor.divide(value.sum()) for name, value in observed.items()}
-    observed = {name: value.reshape(shape) for name, value in observed.items()}
-    return CarefOutput(loss, *(value.reshape(shape) for value in terms.unbind(-1)), **observed)
+    observed = {name: named(value) for name, value in observed.items()}
+    return CarefOutput(named(loss), *map(named, terms.unbind(-1)), **observed)
 
 
-def _run(logits: Tensor, targets: Tensor | None, num_items: float | Tensor | None, config: CarefConfig, shard):
+def _run(
+    logits: Tensor,
+    targets: Tensor | None,
+    num_items: float | Tensor | None,
+    config: CarefConfig,
+    shard: VocabShard | dist.ProcessGroup | None,
+    token_weights: Tensor | None = None,
+):
     """Loss, terms, statistics and divisor; without labels the loss is SCED alone."""
     if shard is None:
         matrix = _as_rows(logits)
     else:  # the sums see a negative bit, but the kernels of the gradient would not
         matrix = logits.resolve_neg().reshape(math.prod(logits.shape[:-1]), logits.size(-1))
     if config.inplace_backward:
-        check_inplace(logits, matrix)
+        checks.check_inplace(logits, matrix)
     divisor = divisor_of(logits, targets, num_items, config)
     is_sced = targets is None or targets.dtype == torch.bool
     rows, weights, *operands = rows_of(shard, matrix.size(-1), logits, targets, config, matrix, is_sced)
-    per_row = config.reduction == "none"
-    call = LossCall(rows, weights, per_row, divisor.any_items, config.inplace_backward)
-    loss, terms, stats = CarefFunction.apply(matrix, targets, divisor.value, *operands, call)
-    return loss.reshape(logits.shape[:-1]) if per_row else loss, terms, stats, divisor
+    call = LossCall(rows, weights, config.reduction == "none", divisor.any_items, config.inplace_backward)
+    results = CarefFunction.apply(matrix, targets, divisor.value, *operands, token_weights, call)
+    return *results, divisor
 
 
 def rows_of(
@@ -270,34 +297,8 @@ def rows_of(
     if shard is not None:
         shard = resolved_shard(shard, columns, part, targets, config)
         return ShardedRows.of(shard, backends.select(config.backend, sample), config), weights, None, None
-    spec, weights, varying, numbers = settled(config.row_spec(columns), weights, sample)
+    spec, weights, varying, numbers = ops.settled(config.row_spec(columns), weights, sample)
     return ops.WholeRows(backends.select(config.backend, sample, spec), spec), weights, varying, numbers
-
-
-def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
-    """(spec, weights, varying, numbers), where a number that changes between calls of compiled code is in a tensor.
-
-    Dynamo takes a number for a constant at first, then for a symbol; an operator that took it as a number would make it
-    a constant again, and every new value would compile the function anew.  ``varying`` and ``numbers``
-    are those of ops.py, or ``None``.
-    """
-    if not torch.compiler.is_compiling():
-        return spec, weights, None, None
-    varying = _changing(weights, objective.accumulation_dtype(logits.dtype), logits.device)
-    numbers = _changing((spec.alpha, spec.beta, spec.k_scale), torch.float64, torch.device("cpu"))
-    if numbers is not None:
-        spec = spec._replace(alpha=2.0, beta=1.0, k_scale=1.0)
-    return spec, weights if varying is None else (1.0, 1.0, 1.0), varying, numbers
-
-
-def _changing(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """``values`` as a tensor if one of them is no constant to the compiler."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # late: it imports sympy, as the compiler does
-
-    if all(has_static_value(value) for value in values):
-        return None
-    one = torch.ones((), dtype=dtype, device=device)
-    return torch.stack([one * value for value in values])
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -305,76 +306,3 @@ def _as_rows(logits: Tensor) -> Tensor:
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
         logits = logits.contiguous()
     return logits if logits.dim() <= 3 else logits.reshape(-1, logits.size(-1))
-
-
-class Divisor(NamedTuple):
-    """The divisor of the sums over rows: a 0-D tensor, ``None`` for "sum" and "none".
-
-    A mean over no row is NaN.  With ``any_items`` the value is a number of items that the host has not read: if it is
-    0, the loss is 0 where no row is valid, and infinite elsewhere.
-    """
-
-    value: Tensor | None
-    any_items: bool = False
-
-    def divide(self, total: Tensor) -> Tensor:
-        """A sum over rows, divided."""
-        if self.value is None:
-            return total
-        return objective.per_item(total, self.value) if self.any_items else total / self.value
-
-
-def divisor_of(logits: Tensor, targets: Tensor | None, num_items, config: CarefConfig) -> Divisor:
-    """The divisor, made on the device without reading anything back."""
-    if num_items is None and config.reduction != "mean":
-        return Divisor(None)
-    dtype = objective.accumulation_dtype(logits.dtype)
-    if num_items is None:
-        return Divisor(_count(logits, targets, config, dtype))
-    if config.reduction != "mean":
-        raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={config.reduction!r}")
-    value, known = _check_num_items(num_items, logits, dtype)
-    if known != 0:
-        return Divisor(value, any_items=known is None)
-    if torch.compiler.is_compiling() or (logits if targets is None else targets).device.type != "cpu":
-        return Divisor(value, any_items=True)
-    rows = int(_count(logits, targets, config, torch.int64))
-    if rows:
-        raise ValueError(f"num_items must be > 0 where there are valid rows; got {num_items!r} for {rows} valid rows")
-    return Divisor(torch.ones_like(value))
-
-
-def _count(logits: Tensor, targets: Tensor | None, config: CarefConfig, dtype: torch.dtype) -> Tensor:
-    """The number of valid rows."""
-    if targets is None:
-        return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
-    counts = targets if targets.dtype == torch.bool else valid_labels(targets, config.ignore_index)
-    return counts.sum().to(dtype)
-
-
-def _check_num_items(num_items, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
-    """The number of items as a tensor, and as a number if it is known without a synchronisation."""
-    if isinstance(num_items, Tensor):
-        if dtensors.is_dtensor(num_items):
-            dtensors.refuse("num_items", num_items, "")
-        if num_items.dim() != 0 or num_items.dtype.is_complex or num_items.dtype == torch.bool:
-            raise ValueError(f"num_items: expected a real 0-D tensor; got {describe(num_items)}")
-        if num_items.device.type != "cpu" and num_items.device != logits.device:
-            raise ValueError(f"num_items: on {num_items.device}, but logits are on {logits.device}")
-        readable = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
-        return num_items.detach().to(dtype), _known(num_items.item(), dtype) if readable else None
-    if isinstance(num_items, bool) or not isinstance(num_items, Real):
-        raise TypeError(f"num_items: expected a number or a 0-D tensor; got {describe(num_items)}")
-    known = _known(num_items, dtype)
-    changed = _changing((num_items,), dtype, logits.device) if torch.compiler.is_compiling() else None
-    if changed is not None:
-        return changed.squeeze(0), known
-    return torch.full((), float(known), dtype=dtype, device=logits.device), known
-
-
-def _known(num_items: float, dtype: torch.dtype) -> float:
-    low, high = _POSITIVE[dtype]
-    if not (num_items == 0 or low <= num_items <= high):
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"num_items must be 0, or finite and > 0 in {name}; got {num_items!r}")
-    return num_items

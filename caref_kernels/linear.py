@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import linear_chunks, ops
 from .autograd import RefuseSecondDerivative, divided, gradient_of_terms, take
-from .checks import check_head, check_label_range, check_labels, check_linear_order
+from .checks import check_head, check_label_range, check_labels, check_linear_order, check_token_weights
 from .config import CarefConfig, HeadOptions, Reduction
 from .distributed.shard import VocabShard, check_shard
-from .functional import CarefOutput, divisor_of, name_results, rows_of
+from .divisor import divisor_of
+from .functional import CarefOutput, name_results, rows_of
 from .linear_chunks import Head, NeedsInputGrad
 from .objective import NUM_TERMS, accumulation_dtype
 from .sparsity import Sparsity
@@ -36,8 +37,10 @@ def linear_caref_loss(
     lambda_kl: float = CarefConfig.lambda_kl,
     sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
+    shift: bool = CarefConfig.shift,
     reduction: Reduction = CarefConfig.reduction,
     num_items: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
     vocab_size: int | None = CarefConfig.vocab_size,
     backend: str = CarefConfig.backend,
     return_terms: bool = CarefConfig.return_terms,
@@ -66,8 +69,8 @@ def linear_caref_loss(
         shard: where this rank's rows of the weight lie, as in :func:`caref_kernels.caref_loss`.
         reduce_hidden_grad: with ``shard``, all-reduce the gradient of ``hidden`` in the backward, one SUM of its size
             and dtype.  False leaves each rank its part, for a surrounding layer that adds the parts itself.
-        alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, reduction, num_items, vocab_size, backend,
-            return_terms: as in :func:`caref_kernels.caref_loss`.
+        alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, shift, reduction, num_items, token_weights,
+            vocab_size, backend, return_terms: as in :func:`caref_kernels.caref_loss`.
 
     Returns:
         The loss, or :class:`caref_kernels.CarefOutput`; float32 (float64 for float64), in nats.
@@ -100,6 +103,7 @@ def linear_caref_loss(
         lambda_kl=lambda_kl,
         sparsity=sparsity,
         ignore_index=ignore_index,
+        shift=shift,
         reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
@@ -108,24 +112,25 @@ def linear_caref_loss(
     options = HeadOptions(
         logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows, reduce_hidden_grad=reduce_hidden_grad
     )
-    return linear_from_config(hidden, weight, labels, bias, num_items, config, options, shard)
+    return linear_from_config((hidden, weight, bias), labels, num_items, config, options, shard, token_weights)
 
 
 def linear_from_config(
-    hidden: Tensor,
-    weight: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor,
-    bias: Tensor | None,
     num_items: float | Tensor | None,
     config: CarefConfig,
     options: HeadOptions,
     shard: VocabShard | dist.ProcessGroup | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor | CarefOutput:
-    """:func:`linear_caref_loss` with its options already in a configuration."""
+    """:func:`linear_caref_loss` of (hidden, weight, bias) with its options already in a configuration."""
+    hidden, weight, bias = tensors
     check_linear_order(hidden, weight, labels)
     check_shard(shard)
     dtype = check_head(hidden, weight, bias, least_columns=1 if shard is None else 0)
-    labels = check_labels(labels, hidden, "hidden")
+    labels = check_labels(labels, hidden, config, "hidden")
+    token_weights = check_token_weights(token_weights, hidden, labels, config, "hidden")
     if config.inplace_backward:
         raise ValueError("inplace_backward must be False: a fused head has no logits that could be overwritten")
     divisor = divisor_of(hidden, labels, num_items, config)
@@ -142,9 +147,10 @@ def linear_from_config(
         options=options,
         dtype=dtype,
     )
-    loss, terms, stats = LinearCarefFunction.apply(hidden_rows, weight, bias, labels, divisor.value, *operands, call)
-    loss = loss.reshape(hidden.shape[:-1]) if call.per_row else loss
-    return name_results(loss, terms, stats, divisor, labels if shard is None else None, config)
+    results = LinearCarefFunction.apply(
+        hidden_rows, weight, bias, labels, divisor.value, *operands, token_weights, call
+    )
+    return name_results(*results, divisor, labels if shard is None else None, hidden.shape[:-1], config)
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -179,17 +185,18 @@ class LinearCarefFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, divisor, varying, numbers, call: LinearCall):
+    def forward(ctx, hidden, weight, bias, targets, divisor, varying, numbers, token_weights, call: LinearCall):
         head = _cast_head((hidden, weight, bias), call)
         is_compiling = torch.compiler.is_compiling()
         # A compiled backward gets gradients of the terms, zeros, even where nothing was done with them.
         later = call.per_row or (call.with_terms and is_compiling)
         now = NeedsInputGrad(*(need and not later for need in call.needs_input_grad))
-        terms, stats, *gradients = _linear_forward(head, targets, varying, numbers, now, call)
-        loss, reduced = ops.reduce(terms, divisor, call.weights, call.per_row, call.any_items, varying)
+        factors = varying if token_weights is None else _row_weights(call, varying, token_weights)
+        terms, stats, *gradients = _linear_forward(head, targets, factors, numbers, now, call)
+        loss, reduced = ops.reduce(terms, divisor, call.weights, call.per_row, call.any_items, varying, token_weights)
         # A compiled backward may run again, so it must not consume anything; an eager one scales in place, once.
         saved = gradients if is_compiling and any(now) else ()
-        ctx.save_for_backward(hidden, weight, bias, targets, divisor, varying, numbers, stats, *saved)
+        ctx.save_for_backward(hidden, weight, bias, targets, divisor, varying, numbers, token_weights, stats, *saved)
         ctx.gradients = [gradients] if any(now) and not is_compiling else []
         ctx.call = call
         ctx.mark_non_differentiable(*((stats,) if call.with_terms else (reduced, stats)))
@@ -200,7 +207,7 @@ class LinearCarefFunction(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None, _grad_stats: None):
         grad_reduced = grad_reduced if ctx.call.with_terms else None
         if grad_loss is None and grad_reduced is None:
-            return (None,) * 8
+            return (None,) * 9
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
             gradients = _linear_gradients(ctx, grad_loss, grad_reduced)
@@ -209,7 +216,7 @@ class LinearCarefFunction(torch.autograd.Function):
             gradients = [
                 None if gradient is None else RefuseSecondDerivative.apply(gradient, *inputs) for gradient in gradients
             ]
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 6
 
 
 def _cast_head(tensors: tuple[Tensor | None, ...], call: LinearCall) -> Head:
@@ -217,8 +224,14 @@ def _cast_head(tensors: tuple[Tensor | None, ...], call: LinearCall) -> Head:
     return Head(*tensors, call.options.logit_scale, call.options.softcap)
 
 
+def _row_weights(call: LinearCall, varying: Tensor | None, token_weights: Tensor) -> Tensor:
+    """The weights of the terms of each row, (N, 3)."""
+    weights = token_weights.new_tensor(call.weights) if varying is None else varying
+    return token_weights[:, None] * weights
+
+
 def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None) -> list[Tensor | None]:
-    hidden, weight, bias, targets, divisor, varying, numbers, stats, *saved = ctx.saved_tensors
+    hidden, weight, bias, targets, divisor, varying, numbers, token_weights, stats, *saved = ctx.saved_tensors
     call = ctx.call
     factor = call.options.logit_scale  # of every gradient; where the logits are, it would underflow in float16
     ready = saved if torch.compiler.is_compiling() else saved or take(ctx.gradients)
@@ -227,7 +240,7 @@ def _linear_gradients(ctx, grad_loss: Tensor | None, grad_reduced: Tensor | None
         scale = scale * factor if factor != 1 else scale
         gradients = [_scaled(gradient, scale, may_overwrite=not saved) for gradient in ready]
     else:
-        grad_terms = gradient_of_terms(call, grad_loss, grad_reduced, divisor, varying).to(stats.dtype)
+        grad_terms = gradient_of_terms(call, grad_loss, grad_reduced, divisor, varying, token_weights).to(stats.dtype)
         grad_terms = grad_terms * factor if factor != 1 else grad_terms
         head = _cast_head((hidden, weight, bias), call)
         gradients = _linear_backward(grad_terms.expand(len(stats), -1), head, targets, stats, numbers, call)
@@ -254,8 +267,9 @@ def _linear_forward(head: Head, targets, varying, numbers, needs_input_grad: Nee
         return _forward_op(
             *head, targets, call.weights, needs_input_grad, chunk_rows, *rows.spec, rows.backend, numbers, varying
         )
+    weights = call.weights if varying is None else varying
     with torch.autocast(head.hidden.device.type, enabled=False):
-        return linear_chunks.forward(head, targets, rows, call.weights, needs_input_grad, chunk_rows)
+        return linear_chunks.forward(head, targets, rows, weights, needs_input_grad, chunk_rows)
 
 
 def _linear_backward(grad_terms: Tensor, head: Head, targets, stats, numbers, call: LinearCall):

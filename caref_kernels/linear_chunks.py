@@ -102,8 +102,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Terms (N, 3), statistics (N, S), and the gradients of sum(weights * terms) / logit_scale that are needed.
 
-    ``weights`` are those of CE, SCED and KL, numbers or a tensor (3,).  The gradient of hidden has its dtype, those of
-    weight and bias the accumulation dtype; what is not needed is empty.  ``chunk_rows`` 0 chooses.
+    ``weights`` are those of CE, SCED and KL: numbers, a tensor (3,), or (N, 3) for weights of each row.  The gradient
+    of hidden has its dtype, those of weight and bias the accumulation dtype; what is not needed is empty.
+    ``chunk_rows`` 0 chooses.
     """
     dtype = accumulation_dtype(head.hidden.dtype)
     terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
@@ -114,7 +115,7 @@ def forward(
         terms[chunk.rows], chunk_stats = rows.forward(chunk.logits, chunk.targets)
         stats[chunk.rows] = chunk_stats
         if any(needs_input_grad):
-            chunk_grad = grad_terms.expand(len(chunk.hidden), -1)
+            chunk_grad = grad_terms[chunk.rows] if grad_terms.dim() == 2 else grad_terms.expand(len(chunk.hidden), -1)
             rows.gradient(chunk_grad, chunk.logits, chunk.targets, chunk_stats, inplace=True)
             gradients.add(chunk)
     return terms, stats, *gradients.take()

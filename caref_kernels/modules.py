@@ -49,10 +49,11 @@ class CarefLoss(_ConfiguredLoss):
         labels: Tensor,
         num_items: float | Tensor | None = None,
         *,
+        token_weights: Tensor | None = None,
         shard: VocabShard | dist.ProcessGroup | None = None,
     ) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.caref_loss` for shapes, dtypes, errors, precision and memory."""
-        return caref_from_config(logits, labels, num_items, self.config, shard)
+        return caref_from_config(logits, labels, num_items, self.config, shard, token_weights)
 
 
 class LinearCarefLoss(_ConfiguredLoss):
@@ -95,23 +96,26 @@ class LinearCarefLoss(_ConfiguredLoss):
         bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
         *,
+        token_weights: Tensor | None = None,
         shard: VocabShard | dist.ProcessGroup | None = None,
     ) -> Tensor | CarefOutput:
         """See :func:`caref_kernels.linear_caref_loss` for shapes, dtypes, errors, precision and memory."""
-        return linear_from_config(hidden, weight, labels, bias, num_items, self.config, self.head, shard)
+        return linear_from_config(
+            (hidden, weight, bias), labels, num_items, self.config, self.head, shard, token_weights
+        )
 
 
 class SCEDLoss(_ConfiguredLoss):
     """:func:`caref_kernels.fused_sced` as a module: ``SCEDLoss(alpha=2.0)(logits, valid)``.
 
     Args:
-        config: a :class:`CarefConfig` (its lambdas, ignore_index and return_terms have no effect), or its fields.
+        config: a :class:`CarefConfig` (lambdas, ignore_index, shift, return_terms have no effect), or its fields.
 
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`, and for an option that this term does not have.
     """
 
-    _FIXED = ("lambda_sced", "lambda_kl", "ignore_index", "return_terms")
+    _FIXED = ("lambda_sced", "lambda_kl", "ignore_index", "shift", "return_terms")
 
     def __init__(self, config: CarefConfig | None = None, **options) -> None:
         fixed = [name for name in self._FIXED if name in options]

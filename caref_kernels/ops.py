@@ -99,11 +99,12 @@ def _backward_inplace_fake(grad_terms, logits, targets, stats, *arguments):  # n
     return None
 
 
-def _reduce(terms, divisor, weights, per_row, any_items=False, varying=None):
+def _reduce(terms, divisor, weights, per_row, any_items=False, varying=None, token_weights=None):
     """(loss, reduced terms); sums run in float64 and in an order that no number of threads changes.
 
     ``any_items``: the divisor is a number of items that may be 0, and not the number of rows of a mean.
     """
+    terms = terms if token_weights is None else terms * token_weights[:, None]
     reduced = terms.clone() if per_row else _sum_rows(terms)
     if divisor is not None:
         reduced = per_item(reduced, divisor) if any_items else reduced / divisor
@@ -128,7 +129,7 @@ def _sum_rows(terms: Tensor) -> Tensor:
     return torch.stack([part.sum(0, dtype=torch.float64) for part in terms.split(_SERIAL_ROWS)]).sum(0)
 
 
-def _reduce_fake(terms, divisor, weights, per_row, any_items=False, varying=None):  # noqa: ARG001
+def _reduce_fake(terms, divisor, weights, per_row, any_items=False, varying=None, token_weights=None):  # noqa: ARG001
     shape = terms.shape if per_row else terms.shape[1:]
     return terms.new_empty(shape[:-1]), terms.new_empty(shape)
 
@@ -147,8 +148,8 @@ _backward_inplace_op = register(
     _backward_inplace_fake,
 )
 reduce = register(
-    "reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row, bool any_items=False, Tensor? varying=None)"
-    " -> (Tensor, Tensor)",
+    "reduce(Tensor terms, Tensor? divisor, float[] weights, bool per_row, bool any_items=False, Tensor? varying=None, "
+    "Tensor? token_weights=None) -> (Tensor, Tensor)",
     _reduce,
     _reduce_fake,
 )
@@ -185,6 +186,31 @@ def backward_(
 ) -> None:
     """:func:`backward`, written into the memory of the logits."""
     _backward_inplace_op(grad_terms, logits, targets, stats, *spec, backend, numbers)
+
+
+def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
+    """(spec, weights, varying, numbers), where a number that changes between calls of compiled code is in a tensor.
+
+    Dynamo takes a number for a constant at first, then for a symbol; an operator that took it as a number would make it
+    a constant again.  ``varying`` and ``numbers`` are ``None`` where nothing changes.
+    """
+    if not torch.compiler.is_compiling():
+        return spec, weights, None, None
+    varying = changing(weights, accumulation_dtype(logits.dtype), logits.device)
+    numbers = changing((spec.alpha, spec.beta, spec.k_scale), torch.float64, torch.device("cpu"))
+    if numbers is not None:
+        spec = spec._replace(alpha=2.0, beta=1.0, k_scale=1.0)
+    return spec, weights if varying is None else (1.0, 1.0, 1.0), varying, numbers
+
+
+def changing(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """``values`` as a tensor if one of them is no constant to the compiler."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # late: it imports sympy, as the compiler does
+
+    if all(has_static_value(value) for value in values):
+        return None
+    one = torch.ones((), dtype=dtype, device=device)
+    return torch.stack([one * value for value in values])
 
 
 class Rows(Protocol):

@@ -69,7 +69,7 @@ def exact_steps(build, step_loss=exact_loss) -> tuple[dict[str, torch.Tensor], l
 
 
 def test_recipes_make_the_exact_steps(subtests, tmp_path):
-    """On one process and on two, with accumulation 1, 2 and 4, with and without the logits."""
+    """On one process and on two, with accumulation 1, 2 or 4, with and without the logits."""
     root = example_runs.EXAMPLES.parent
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(Path(example_runs.__file__)), str(tmp_path)]

@@ -114,7 +114,7 @@ def _lines(paths: Iterable[Path]) -> int:
 SIZES = {
     "README.md": (lambda: [ROOT / "README.md"], 130),
     "DESIGN.md": (lambda: [ROOT / "DESIGN.md"], 100),
-    "Python in the wheel": (lambda: SOURCES, 10_800),
+    "Python in the wheel": (lambda: SOURCES, 11_100),
     "results": (lambda: [path for path in _committed() if _name(path).startswith("benchmarks/results/")], 6_000),
     "everything": (_committed, 44_000),
 }

@@ -25,8 +25,10 @@ from caref_kernels import (
 from caref_kernels.config import HeadOptions, RowSpec
 
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
-LOSS = {**ROW, "lambda_sced": 0.1, "lambda_kl": 0.1, "ignore_index": -100, "reduction": "mean", "return_terms": False}
+LOSS = {**ROW, "lambda_sced": 0.1, "lambda_kl": 0.1, "ignore_index": -100, "shift": False, "reduction": "mean",
+        "return_terms": False}  # fmt: skip
 ITEMS = {"num_items": None}
+TOKENS = {"token_weights": None}
 SHARD = {"shard": None}
 IN_PLACE = {"inplace_backward": False}
 HEAD = {"logit_scale": 1.0, "softcap": None, "chunk_rows": None, "reduce_hidden_grad": True}
@@ -34,13 +36,13 @@ CORE = {
     "CarefConfig": {**LOSS, **IN_PLACE},
     "CarefConfig.row_spec": {},
     "CarefLoss": {"config": None},
-    "CarefLoss.forward": {**ITEMS, **SHARD},
-    "CarefOutput": {"accuracy": None, "num_kept": None},
+    "CarefLoss.forward": {**ITEMS, **TOKENS, **SHARD},
+    "CarefOutput": {"accuracy": None, "num_kept": None, "lse": None},
     "EntropyTopK": {"scale": 1.0, "k_min": 1, "k_max": None},
     "EntropyTopK.top_k_spec": {},
     "LinearCarefLoss": {"config": None, **HEAD},
     "LinearCarefLoss.extra_repr": {},
-    "LinearCarefLoss.forward": {"bias": None, **ITEMS, **SHARD},
+    "LinearCarefLoss.forward": {"bias": None, **ITEMS, **TOKENS, **SHARD},
     "SCEDLoss": {"config": None},
     "SCEDLoss.forward": {"valid": None, **ITEMS},
     "TopK": {},
@@ -48,10 +50,10 @@ CORE = {
     "VocabShard": {},
     "VocabShard.gather": {"group": None, "device": "cpu"},
     "VocabShard.of_dtensor": {},
-    "caref_loss": {**LOSS, **ITEMS, **IN_PLACE, **SHARD},
+    "caref_loss": {**LOSS, **ITEMS, **TOKENS, **IN_PLACE, **SHARD},
     "explain": {"logits": None},
     "fused_sced": {**ROW, "valid": None, "reduction": "mean", **ITEMS, **IN_PLACE},
-    "linear_caref_loss": {**LOSS, **ITEMS, **HEAD, **SHARD, "bias": None},
+    "linear_caref_loss": {**LOSS, **ITEMS, **TOKENS, **HEAD, **SHARD, "bias": None},
 }  # fmt: skip
 APPLY = {"config": None, "fuse_head": False, "probe_batch": None}
 TRANSFORMERS = {

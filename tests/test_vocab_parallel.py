@@ -74,6 +74,8 @@ OPTIONS = [
     {"lambda_kl": 0.7},
     {"sparsity": TopK(3)},
     {"ignore_index": 1},
+    {"shift": True},
+    {"token_weights": torch.arange(5.0)},
     {"reduction": "sum"},
     {"reduction": "none"},
     {"num_items": 7.5},

@@ -20,9 +20,13 @@ WIDEST = 33_000
 # Tests of many rows, of a width that is written in the test, or of many threads (the interpreter has global state).
 TOO_LARGE = frozenset(
     {
+        "test_a_scale_costs_no_operator",
+        "test_a_scale_of_a_power_of_two_is_bitwise_identical_to_scaled_states",
+        "test_a_small_scale_does_not_underflow_in_float16",
         "test_any_split",
         "test_calls_from_several_threads_at_once",
         "test_compiled_head_equals_eager",
+        "test_every_real_dtype_of_weights",
         "test_exchanges_and_their_bytes",
         "test_checkpointed_head",
         "test_double_backward_is_refused",
@@ -42,6 +46,7 @@ TOO_LARGE = frozenset(
         "test_number_of_threads",
         "test_only_requested_gradients_exist",
         "test_opcheck_of_heads",
+        "test_saturated_caps_keep_their_gradients",
         "test_second_backward_of_a_head",
         "test_second_backward_between_any_two_bytecodes_of_the_first",
         "test_sparsity",
@@ -53,8 +58,8 @@ TOO_LARGE = frozenset(
         "test_widest_vocabulary",
     }
 )
-# Exponents of different variants of the kernels: one pass, two passes, and one pass with the most sums.
-GRADCHECKED = ((2.0, 1.0), (1.5, 0.5), (4.0, 2.0))
+# Exponents of different variants of the kernels: one pass and two passes.
+GRADCHECKED = ((2.0, 1.0), (1.5, 0.5))
 # Tests of heads and shards, and the only parameters with which they run under the interpreter.
 FEW: dict[str, dict[str, object]] = {
     "test_chunked_equals_unchunked": {"chunk_rows": None},
@@ -65,6 +70,9 @@ FEW: dict[str, dict[str, object]] = {
     "test_a_number_of_items_that_is_not_read": {"function": "caref_loss"},
     "test_no_row_and_no_item": {"kind": "int"},
     "test_value_and_gradients": {"dtype": torch.bfloat16},
+    "test_shift_is_the_loss_of_slices": {"function": "logits"},
+    "test_shift_with_every_ignore_index": {"dtype": torch.int32},
+    "test_token_weights_multiply_the_rows": {"function": "logits", "shift": True},
     "test_options": {"regime": "lm_like", "options": {"alpha": 1.5, "beta": 0.5}},
 }
 # The regimes that are tested in rows as wide as a vocabulary.

@@ -117,6 +117,7 @@ class ModelForward(WrappedForward):
         if state is None or (outer is not None and outer.model is model):
             return inner(*args, **kwargs)
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        token_weights = kwargs.pop("token_weights", None)
         if kwargs.get("labels") is None:
             return inner(**kwargs)
         if state.form is None:
@@ -128,7 +129,7 @@ class ModelForward(WrappedForward):
             from .probe import find_form  # late: probe.py imports this module
 
             state.form = find_form(model, state, kwargs)
-        forward_pass = ForwardPass(model, state.config, state.form, kwargs)
+        forward_pass = ForwardPass(model, state.config, state.form, {**kwargs, "token_weights": token_weights})
         if state.fuses(model):
             forward_pass.head = current_head(model)
             check_head(forward_pass.head)

@@ -98,6 +98,7 @@ class ForwardPass:
         self.labels: Tensor | None = kwargs.get("labels")
         self.shift_labels: Tensor | None = kwargs.get("shift_labels")
         self.num_items: Tensor | float | None = kwargs.get("num_items_in_batch")
+        self.token_weights: Tensor | None = kwargs.get("token_weights")
         self.head: nn.Module | None = None  # the head that computes the loss, if it is fused
         self.head_loss: Tensor | None = None
         self.called_loss_function = False
@@ -109,14 +110,23 @@ class ForwardPass:
         # Shifting the labels costs eight bytes a row, shifting the logits a copy of them.
         return shifted(self.labels.to(device)) if self.form.shift else self.labels.to(device)
 
+    def weights(self, device: torch.device) -> Tensor | None:
+        """``token_weights`` of :meth:`targets`; virtual tokens, which a model puts before the others, have none."""
+        if self.token_weights is None:
+            return None
+        labels = self.labels if self.shift_labels is None else self.shift_labels
+        weights = F.pad(self.token_weights.to(device), (max(labels.size(-1) - self.token_weights.size(-1), 0), 0))
+        return shifted(weights) if self.form.shift and self.shift_labels is None else weights
+
     def divisor(self, device: torch.device) -> Tensor | float | None:
         """``num_items_in_batch`` on the device of the loss."""
         number = self.num_items
         return number.to(device, non_blocking=True) if isinstance(number, Tensor) else number
 
     def loss_options(self, device: torch.device) -> dict[str, Any]:
-        """The options and the divisor of a loss on ``device``, as keywords of the loss functions."""
-        return {name: getattr(self.config, name) for name in _OPTIONS} | {"num_items": self.divisor(device)}
+        """The options, the divisor and the token weights of a loss on ``device``, as keywords of the loss functions."""
+        operands = {"num_items": self.divisor(device), "token_weights": self.weights(device)}
+        return {name: getattr(self.config, name) for name in _OPTIONS} | operands
 
     def finish(self, out: CarefOutput) -> Tensor:
         """Record the terms of ``out`` and return its loss.

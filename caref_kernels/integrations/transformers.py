@@ -53,7 +53,8 @@ def apply_caref(
     it shifts labels by one position and what it does to its head's output.  A model whose weights are sharded is probed
     in its first forward pass with labels instead, on every rank.  Parameters, buffers, configuration, ``state_dict``
     and ``save_pretrained`` are not changed; ``copy.deepcopy`` and ``torch.save`` keep the loss.  A second call replaces
-    the options of the first without another probe run, so that a schedule may call it in every step.
+    the options of the first without another probe run, so that a schedule may call it in every step.  A batch may have
+    ``token_weights`` of the shape of its labels (a Trainer hands them on with ``remove_unused_columns=False``).
 
     Args:
         model: a transformers model that returns a loss for ``labels``: causal or encoder-decoder, also inside of PEFT,
@@ -193,6 +194,7 @@ def checked_config(config: CarefConfig | None, options: Mapping[str, Any]) -> Ca
     elif not isinstance(config, CarefConfig):
         raise TypeError(f"config must be a CarefConfig; got {config!r}")
     for name, value, reason in (
+        ("shift", False, "a probe run shows whether the model shifts its labels"),
         ("reduction", "mean", "a model returns one number, and its callers set the divisor"),
         ("ignore_index", IGNORE_INDEX, "transformers' models and Trainer count the labels that differ from it"),
         ("inplace_backward", False, "a model's logits are its output, which others may read"),

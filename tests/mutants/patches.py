@@ -12,6 +12,7 @@ COMPILED_CALLS = "caref_kernels/backends/compiled.py"
 AUTOGRAD = "caref_kernels/autograd.py"
 OPS = "caref_kernels/ops.py"
 FUNCTIONAL = "caref_kernels/functional.py"
+DIVISOR = "caref_kernels/divisor.py"
 CHECKS = "caref_kernels/checks.py"
 
 
@@ -227,7 +228,7 @@ ROWS = [
     ),
     *mutants(
         "mean over all rows",
-        FUNCTIONAL,
+        DIVISOR,
         "reductions labels",
         "reduction or mean_of_fused_sced or micro_batches or num_items or ignore_index",
         ("mean-over-all-rows", "return counts.sum().to(dtype)", "return torch.ones_like(counts).sum().to(dtype)"),
@@ -254,6 +255,42 @@ ROWS = [
         ("divisor-not-in-gradient", "any_items else grad / divisor", "any_items else grad / 1"),
     ),
     *mutants(
+        "labels or weights that are not those of the next position, or of a valid row",
+        CHECKS,
+        "row_options",
+        "shift or token_weights",
+        ("shift-fills-a-label", "_shifted(labels.long(), config.ignore_index)", "_shifted(labels.long(), 0)"),
+        ("shift-in-32-bits", "_shifted(labels.long(), config.ignore_index)", "_shifted(labels, config.ignore_index)"),
+        ("shift-backwards", "rows.roll(-1, -1)", "rows.roll(1, -1)"),
+        ("weights-not-shifted", "(_shifted(weights, 0) if config.shift else weights)", "weights"),
+        (
+            "weight-of-an-ignored-row",
+            "return torch.where(valid_labels(labels, config.ignore_index), weights, 0)",
+            "return weights",
+        ),
+    ),
+    *mutants(
+        "token weights left out of the loss",
+        OPS,
+        "row_options",
+        "token_weights",
+        ("loss-not-weighted", "terms if token_weights is None else terms * token_weights[:, None]", "terms"),
+    ),
+    *mutants(
+        "token weights left out of the gradient",
+        AUTOGRAD,
+        "row_options",
+        "token_weights",
+        ("gradient-not-weighted", "grad if token_weights is None else grad * token_weights[:, None]", "grad"),
+    ),
+    *mutants(
+        "log-sum-exp relative to the maximum",
+        FUNCTIONAL,
+        "row_options",
+        "lse",
+        ("lse-without-maximum", 'columns["maximum"] + torch.log1p', "torch.log1p"),
+    ),
+    *mutants(
         "no items taken for no row, or a gradient of NaN",
         AUTOGRAD,
         "num_items",
@@ -262,7 +299,7 @@ ROWS = [
     ),
     *mutants(
         "no items taken for no row, or a gradient of NaN",
-        FUNCTIONAL,
+        DIVISOR,
         "num_items",
         "",
         ("no-items-over-rows-accepted", "    if rows:\n", "    if False:\n"),
@@ -289,14 +326,14 @@ ROWS = [
     ),
     *mutants(
         "every number of a schedule compiled anew",
-        FUNCTIONAL,
+        OPS,
         "compile_schedules",
         "cpu",
         ("schedule-of-constants", "    if all(has_static_value(value) for value in values):", "    if True:"),
         (
             "schedule-of-old-weights",
-            "varying = _changing(weights, ",
-            "varying = _changing((1.0, 1.0, weights[2]), ",
+            "varying = changing(weights, ",
+            "varying = changing((1.0, 1.0, weights[2]), ",
         ),
     ),
     *mutants(

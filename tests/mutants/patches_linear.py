@@ -37,6 +37,28 @@ LINEAR: list[Mutant] = [
         ("unwritten-gradient-of-no-row", "if self.is_first and self.needs_input_grad.weight:", "if False:"),
     ),
     *mutants(
+        "weights of tokens left out of the gradients of a head",
+        LINEAR_MODULE,
+        "row_options",
+        "head",
+        (
+            "head-gradient-not-weighted",
+            "varying if token_weights is None else _row_weights(call, varying, token_weights)",
+            "varying",
+        ),
+    ),
+    *mutants(
+        "weights of other tokens in the gradients of a head",
+        CHUNKS,
+        "row_options",
+        "head",
+        (
+            "token-weights-of-the-first-rows",
+            "grad_terms[chunk.rows] if grad_terms.dim() == 2",
+            "grad_terms[: len(chunk.hidden)] if grad_terms.dim() == 2",
+        ),
+    ),
+    *mutants(
         "work for a frozen head",
         CHUNKS,
         "linear",
