@@ -89,47 +89,6 @@ def test_shift_labels_are_used_as_they_are(fuse_head):
 
 
 @FORMS
-@KINDS
-@pytest.mark.parametrize("number", [None, 7])
-def test_token_weights_of_a_batch(kind, fuse_head, number):
-    """They belong to the labels, and are shifted with them."""
-    model, inputs, labels = applied(kind, fuse_head)
-    weights = torch.linspace(0.1, 2, labels.numel()).reshape(labels.shape)
-    aligned = weights if kind == "t5" else functional.pad(weights, (0, 1))[..., 1:]
-    logits, targets = rows_of(model, inputs, labels)
-    valid = labels if kind == "t5" else functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    expected = caref_loss(
-        logits, targets, token_weights=aligned[valid != -100], num_items=number, backend=BACKEND
-    ).detach()
-    batch = {**inputs, "labels": labels, "num_items_in_batch": number}
-    check_identity(model(**batch, token_weights=weights).loss.detach(), expected, "float32_terms")
-    assert torch.equal(model(**batch, token_weights=torch.ones(labels.shape)).loss, model(**batch).loss)
-    with pytest.raises(ValueError, match="token_weights: expected shape"):
-        model(**batch, token_weights=torch.ones(labels.size(0), labels.size(1) + 1))
-
-
-@FORMS
-def test_token_weights_of_shift_labels_are_used_as_they_are(fuse_head):
-    model, inputs, labels = applied("llama", fuse_head)
-    shifted, weights = labels.roll(2, -1), torch.linspace(0.1, 2, labels.numel()).reshape(labels.shape)
-    logits, targets = rows_of(model, inputs, labels, shifted)
-    expected = caref_loss(logits, targets, token_weights=weights[shifted != -100], backend=BACKEND).detach()
-    loss = model(**inputs, labels=labels, shift_labels=shifted, token_weights=weights).loss
-    check_identity(loss.detach(), expected, "float32_terms")
-
-
-@FORMS
-def test_virtual_tokens_have_no_weight(fuse_head):
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = apply_caref(peft.get_peft_model(tiny_heads.make("llama"), config), fuse_head=fuse_head, backend=BACKEND)
-    inputs, labels = tiny_heads.batch(model.get_base_model())
-    ones, twos = (torch.full(labels.shape, value) for value in (1.0, 2.0))
-    losses = [model(**inputs, labels=labels, token_weights=weights).loss for weights in (None, ones, twos)]
-    assert torch.equal(losses[0], losses[1])
-    check_identity(losses[2].detach(), 2 * losses[0].detach(), "float32_terms")
-
-
-@FORMS
 def test_packed_sequences_are_not_scored_across_their_boundaries(fuse_head):
     model, inputs, _ = applied("llama", fuse_head)
     examples = [{"input_ids": row.tolist()} for row in inputs["input_ids"]]

@@ -13,7 +13,7 @@ from caref_kernels.testing import IDENTITIES, check_identity
 transformers = pytest.importorskip("transformers", minversion="5.17")
 peft = pytest.importorskip("peft")
 
-from tiny_trainers import MODELS, VOCABULARY, make_trainer  # noqa: E402 - after the guards above
+from tiny_trainers import MODELS, VOCABULARY, make_trainer, records_with  # noqa: E402 - after the guards above
 
 from caref_kernels.integrations.transformers import TERMS, apply_caref, attach_caref  # noqa: E402
 
@@ -32,10 +32,6 @@ def count_forwards(trainer) -> list[int]:
     calls: list[int] = []
     trainer.model.register_forward_hook(lambda *_: calls.append(1))
     return calls
-
-
-def records_with(trainer, key: str) -> list[dict[str, float]]:
-    return [record for record in trainer.state.log_history if key in record]
 
 
 def check_record(record: dict[str, float], prefix: str = "") -> None:
@@ -90,22 +86,6 @@ def test_without_regularisers_it_is_the_models_own_loss(kind, tmp_path):
     (own,), (record,) = records_with(plain, "loss"), records_with(ours, "loss")
     check_identity(torch.tensor(record["ce"]), torch.tensor(own["loss"]), "float32_terms", "ce")
     assert record["loss"] == record["ce"]
-
-
-@pytest.mark.parametrize("fuse_head", [False, True], ids=["logits", "fused"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_token_weights_of_the_examples(kind, fuse_head, tmp_path):
-    """A weight of 2 for every label doubles loss and terms, in training and evaluation."""
-    records = []
-    for weight in (1.0, 2.0):
-        trainer = make_trainer(kind, tmp_path, learning_rate=0.0, remove_unused_columns=False)
-        for data in (trainer.train_dataset, trainer.eval_dataset):
-            data[:] = [{**row, "token_weights": torch.full(row["labels"].shape, weight)} for row in data]
-        attach_caref(trainer, fuse_head=fuse_head, backend=BACKEND)
-        trainer.train()
-        records.append({**records_with(trainer, "loss")[0], **trainer.evaluate()})
-    for name in ("loss", "ce", "sced", "kl", "eval_loss", "eval_ce", "eval_sced", "eval_kl"):
-        check_identity(torch.tensor(records[1][name]), torch.tensor(2 * records[0][name]), "float32_terms", name)
 
 
 def test_a_record_covers_the_steps_since_the_last_one(tmp_path):

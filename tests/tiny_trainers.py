@@ -81,3 +81,7 @@ def make_trainer(kind, folder, *, lora=False, seq2seq=False, model_init=False, t
     data = make_data(kind)
     model = {"model_init": lambda: make_model(kind, lora)} if model_init else {"model": make_model(kind, lora)}
     return trainer_class(**model, args=args, train_dataset=data, eval_dataset=data)
+
+
+def records_with(trainer, key: str) -> list[dict[str, float]]:
+    return [record for record in trainer.state.log_history if key in record]
