@@ -17,7 +17,7 @@ class LossCall(NamedTuple):
     """The arguments of one call of the loss that are not tensors."""
 
     rows: ops.Rows
-    weights: tuple[float, float, float]  # of CE, SCED and KL in the loss, unless ``varying`` replaces them
+    weights: tuple[float, ...]  # of the terms in the loss, unless ``varying`` replaces them
     per_row: bool
     any_items: bool  # the divisor is a number of items that may be 0
     inplace_backward: bool

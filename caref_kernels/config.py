@@ -44,6 +44,13 @@ class RowSpec(NamedTuple):
     k_scale: float = 0.0
     k_min: int = 0
     k_max: int = 0
+    with_z: bool = False  # whether there is a z-loss
+    smoothed: int = 0  # columns over which labels are smoothed: 0 for none, -1 for all, as with vocab_size
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether a row has the terms of objective.EXTRA_TERMS too."""
+        return self.with_z or self.smoothed != 0
 
     @property
     def is_masked(self) -> bool:
@@ -63,6 +70,7 @@ class RowSpec(NamedTuple):
     def for_columns(self, columns: int) -> RowSpec:
         """The specification that backends get: ``vocab_size`` and ``k_max`` as numbers, and k within the row."""
         spec = self if self.vocab_size else self._replace(vocab_size=columns)
+        spec = spec._replace(smoothed=columns) if spec.smoothed else spec
         if not self.is_masked:
             return spec
         return spec._replace(k_min=min(self.k_min, columns), k_max=min(self.k_max or columns, columns))
@@ -111,6 +119,8 @@ class CarefConfig:
     beta: float = 1.0
     lambda_sced: float = 0.1
     lambda_kl: float = 0.1
+    lambda_z: float = 0.0
+    label_smoothing: float = 0.0
     sparsity: Sparsity | None = None
     ignore_index: int = -100
     shift: bool = False
@@ -125,6 +135,9 @@ class CarefConfig:
         _check_beta(self.beta)
         _check_weight("lambda_sced", self.lambda_sced)
         _check_weight("lambda_kl", self.lambda_kl)
+        _check_weight("lambda_z", self.lambda_z)
+        if not 0 <= _real("label_smoothing", self.label_smoothing) <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1]; got {self.label_smoothing!r}")
         check_sparsity(self.sparsity)
         _check_integer("ignore_index", self.ignore_index, *INT64_RANGE)
         if self.reduction not in REDUCTIONS:
@@ -151,7 +164,23 @@ class CarefConfig:
         vocab_size = 0 if self.vocab_size is None else int(self.vocab_size)
         with_sced = self.lambda_sced != 0 or self.return_terms
         top_k = self.sparsity.top_k_spec() if self.sparsity is not None and with_sced else TopKSpec()
-        return RowSpec(float(self.alpha), float(self.beta), vocab_size, int(self.ignore_index), with_sced, *top_k)
+        smoothed = -1 if self.label_smoothing != 0 else 0
+        return RowSpec(
+            float(self.alpha),
+            float(self.beta),
+            vocab_size,
+            int(self.ignore_index),
+            with_sced,
+            *top_k,
+            with_z=self.lambda_z != 0,
+            smoothed=smoothed,
+        )
+
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the terms in the loss: of objective.TERMS, and of objective.EXTRA_TERMS if there are any."""
+        smoothing = float(self.label_smoothing)
+        weights = (1.0 - smoothing, float(self.lambda_sced), float(self.lambda_kl))
+        return (*weights, float(self.lambda_z), smoothing) if self.lambda_z or smoothing else weights
 
 
 @dataclass(frozen=True, kw_only=True)

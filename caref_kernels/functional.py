@@ -26,7 +26,9 @@ class CarefOutput(NamedTuple):
     ``entropy`` (nats) equals ``log V - kl``.  ``accuracy`` is 1 where the largest logit, the first of
     several, is that of the label; ``None`` where the vocabulary is sharded.  ``num_kept`` is the number of tokens in
     the top-k mask of a row; ``None`` without ``sparsity``.  ``lse`` is log sum_v exp(z_v) of the row, so that the
-    log-probability of any logit z is z - lse.  These four have no gradient and no token weights.
+    log-probability of any logit z is z - lse.  These four have no gradient and no token weights.  ``z_loss`` is lse^2
+    and ``uniform_ce`` the mean of -log p over all columns, differentiable as the other terms; ``None`` where the
+    options that need them are 0.
     """
 
     loss: Tensor
@@ -37,6 +39,8 @@ class CarefOutput(NamedTuple):
     accuracy: Tensor | None = None
     num_kept: Tensor | None = None
     lse: Tensor | None = None
+    z_loss: Tensor | None = None
+    uniform_ce: Tensor | None = None
 
 
 def caref_loss(
@@ -47,6 +51,8 @@ def caref_loss(
     beta: float = CarefConfig.beta,
     lambda_sced: float = CarefConfig.lambda_sced,
     lambda_kl: float = CarefConfig.lambda_kl,
+    lambda_z: float = CarefConfig.lambda_z,
+    label_smoothing: float = CarefConfig.label_smoothing,
     sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
     shift: bool = CarefConfig.shift,
@@ -77,6 +83,9 @@ def caref_loss(
         beta: exponent of ``(1 - p)``, 0 or in [0.1, 16].
         lambda_sced: weight of SCED, finite and >= 0; 0 skips its work.
         lambda_kl: weight of KL, finite and >= 0.
+        lambda_z: weight of the z-loss, the square of the row's log-sum-exp, finite and >= 0.
+        label_smoothing: share of the uniform distribution over all columns in the target of the cross-entropy, in
+            [0, 1], as in torch: (1 - s) CE + s mean_v(-log p_v), which is infinite if a logit is -inf.
         sparsity: the tokens that enter SCED: ``None``, all of them, as in the equation; :class:`caref_kernels.TopK`,
             the k largest logits; :class:`caref_kernels.EntropyTopK`, a number that follows from the entropy of the row.
             Logits that are equal at the k-th place share the weight that is left.  With ``shard`` it takes an
@@ -138,6 +147,8 @@ def caref_loss(
         beta=beta,
         lambda_sced=lambda_sced,
         lambda_kl=lambda_kl,
+        lambda_z=lambda_z,
+        label_smoothing=label_smoothing,
         sparsity=sparsity,
         ignore_index=ignore_index,
         shift=shift,
@@ -250,11 +261,16 @@ def name_results(
         observed["accuracy"] = is_correct.to(stats.dtype)
     if config.sparsity is not None:
         observed["num_kept"] = columns["num_kept"]
-    observed["lse"] = columns["maximum"] + torch.log1p(columns["residual"])
+    observed["lse"] = objective.log_sum_exp(columns["maximum"], columns["residual"])
     if config.reduction != "none":
         observed = {name: divisor.divide(value.sum()) for name, value in observed.items()}
+    ce, sced, kl, *extra = terms.unbind(-1)
+    weights = config.lambda_z, config.label_smoothing
+    for name, value, weight in zip(objective.EXTRA_TERMS, extra, weights, strict=False):
+        if weight:
+            observed[name] = value
     observed = {name: named(value) for name, value in observed.items()}
-    return CarefOutput(named(loss), *map(named, terms.unbind(-1)), **observed)
+    return CarefOutput(*map(named, (loss, ce, sced, kl)), **observed)
 
 
 def _run(
@@ -288,12 +304,12 @@ def rows_of(
     config: CarefConfig,
     sample: Tensor,
     is_sced: bool = False,
-) -> tuple[ops.Rows, tuple[float, float, float], Tensor | None, Tensor | None]:
+) -> tuple[ops.Rows, tuple[float, ...], Tensor | None, Tensor | None]:
     """(rows, weights, varying, numbers) of a call; ``part`` has the ``columns``, ``sample`` selects the backend.
 
-    ``weights`` are those of CE, SCED and KL, with ``is_sced`` those of SCED alone.
+    ``weights`` are those of the terms, with ``is_sced`` those of SCED alone.
     """
-    weights = (0.0, 1.0, 0.0) if is_sced else (1.0, float(config.lambda_sced), float(config.lambda_kl))
+    weights = (0.0, 1.0, 0.0) if is_sced else config.weights()
     if shard is not None:
         shard = resolved_shard(shard, columns, part, targets, config)
         return ShardedRows.of(shard, backends.select(config.backend, sample), config), weights, None, None

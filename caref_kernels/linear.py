@@ -18,7 +18,7 @@ from .distributed.shard import VocabShard, check_shard
 from .divisor import divisor_of
 from .functional import CarefOutput, name_results, rows_of
 from .linear_chunks import Head, NeedsInputGrad
-from .objective import NUM_TERMS, accumulation_dtype
+from .objective import accumulation_dtype
 from .sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def linear_caref_loss(
     beta: float = CarefConfig.beta,
     lambda_sced: float = CarefConfig.lambda_sced,
     lambda_kl: float = CarefConfig.lambda_kl,
+    lambda_z: float = CarefConfig.lambda_z,
+    label_smoothing: float = CarefConfig.label_smoothing,
     sparsity: Sparsity | None = CarefConfig.sparsity,
     ignore_index: int = CarefConfig.ignore_index,
     shift: bool = CarefConfig.shift,
@@ -69,8 +71,8 @@ def linear_caref_loss(
         shard: where this rank's rows of the weight lie, as in :func:`caref_kernels.caref_loss`.
         reduce_hidden_grad: with ``shard``, all-reduce the gradient of ``hidden`` in the backward, one SUM of its size
             and dtype.  False leaves each rank its part, for a surrounding layer that adds the parts itself.
-        alpha, beta, lambda_sced, lambda_kl, sparsity, ignore_index, shift, reduction, num_items, token_weights,
-            vocab_size, backend, return_terms: as in :func:`caref_kernels.caref_loss`.
+        alpha, beta, lambda_sced, lambda_kl, lambda_z, label_smoothing, sparsity, ignore_index, shift, reduction,
+            num_items, token_weights, vocab_size, backend, return_terms: as in :func:`caref_kernels.caref_loss`.
 
     Returns:
         The loss, or :class:`caref_kernels.CarefOutput`; float32 (float64 for float64), in nats.
@@ -101,6 +103,8 @@ def linear_caref_loss(
         beta=beta,
         lambda_sced=lambda_sced,
         lambda_kl=lambda_kl,
+        lambda_z=lambda_z,
+        label_smoothing=label_smoothing,
         sparsity=sparsity,
         ignore_index=ignore_index,
         shift=shift,
@@ -161,7 +165,7 @@ class LinearCall(NamedTuple):
     """The arguments of one call of the loss of a head that are not tensors."""
 
     rows: ops.Rows
-    weights: tuple[float, float, float]
+    weights: tuple[float, ...]
     per_row: bool
     any_items: bool
     with_terms: bool  # the terms are differentiable results too
@@ -296,8 +300,7 @@ def _forward_implementation(*arguments):
 def _forward_fake(*arguments):
     head, (_, _, needs_input_grad, _, *rest) = _head(arguments)
     dtype = accumulation_dtype(head.hidden.dtype)
-    shapes = (head.hidden.size(0), NUM_TERMS), (head.hidden.size(0), ops.num_statistics(rest))
-    results = (head.hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    results = (head.hidden.new_empty((head.hidden.size(0), width), dtype=dtype) for width in ops.widths(rest))
     return *results, *_fake_gradients(head, needs_input_grad)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import valid_labels
 from .config import RowSpec
 from .distributed.local_stats import blocks
-from .objective import NUM_TERMS, accumulation_dtype, statistics_of
+from .objective import accumulation_dtype, statistics_of, terms_of
 from .ops import Rows
 
 # A chunk shorter than this makes the products slow; one up to SMALL_CHUNK_BYTES is not worth splitting further.
@@ -107,7 +107,7 @@ def forward(
     ``chunk_rows`` 0 chooses.
     """
     dtype = accumulation_dtype(head.hidden.dtype)
-    terms = head.hidden.new_zeros((head.hidden.size(0), NUM_TERMS), dtype=dtype)
+    terms = head.hidden.new_zeros((head.hidden.size(0), len(terms_of(rows.spec))), dtype=dtype)
     stats = head.hidden.new_zeros((head.hidden.size(0), len(statistics_of(rows.spec))), dtype=dtype)
     grad_terms = weights if isinstance(weights, Tensor) else terms.new_tensor(weights)
     gradients = _Gradients(head, needs_input_grad)

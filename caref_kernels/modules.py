@@ -109,13 +109,13 @@ class SCEDLoss(_ConfiguredLoss):
     """:func:`caref_kernels.fused_sced` as a module: ``SCEDLoss(alpha=2.0)(logits, valid)``.
 
     Args:
-        config: a :class:`CarefConfig` (lambdas, ignore_index, shift, return_terms have no effect), or its fields.
+        config: a :class:`CarefConfig` (what needs labels or has another term has no effect), or its fields.
 
     Raises:
         TypeError, ValueError: as :class:`CarefConfig`, and for an option that this term does not have.
     """
 
-    _FIXED = ("lambda_sced", "lambda_kl", "ignore_index", "shift", "return_terms")
+    _FIXED = ("lambda_sced", "lambda_kl", "lambda_z", "label_smoothing", "ignore_index", "shift", "return_terms")
 
     def __init__(self, config: CarefConfig | None = None, **options) -> None:
         fixed = [name for name in self._FIXED if name in options]
@@ -123,7 +123,8 @@ class SCEDLoss(_ConfiguredLoss):
             raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")
         check_options("SCEDLoss", options, (name for name in self._OPTIONS if name not in self._FIXED))
         super().__init__(config, **options)
-        self.config = dataclasses.replace(self.config, lambda_sced=1.0, lambda_kl=0.0)
+        others = {"lambda_kl": 0.0, "lambda_z": 0.0, "label_smoothing": 0.0}
+        self.config = dataclasses.replace(self.config, lambda_sced=1.0, **others)
 
     def forward(self, logits: Tensor, valid: Tensor | None = None, num_items: float | Tensor | None = None) -> Tensor:
         """See :func:`caref_kernels.fused_sced` for shapes, dtypes, errors, precision and memory."""

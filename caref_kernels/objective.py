@@ -7,6 +7,10 @@ One row of logits z over V columns: p = softmax(z), U = 1/V, L = log(p/U), H = -
     KL   = sum_v p_v L_v = log V - H
     loss = CE + lambda_sced * SCED + lambda_kl * KL
 
+Two terms are not of the paper: the z-loss lse^2 with lse = log sum_v e^{z_v}, and, for label smoothing with a share s,
+the cross-entropy against the uniform distribution over all columns, CE_u = -(1/V) sum_v log p_v: the loss has
+lambda_z lse^2, and (1 - s) CE + s CE_u in place of CE.
+
 **The form that is computed.**  With m = max z, a its first column, y = z - m:
 
     r = sum_{v != a} e^{y_v}     d = 1 + r     c = log(d / V)     p = e^y / d     L = y - c     1 - p_a = r / d
@@ -24,6 +28,7 @@ G = sum_{v != a} p_v f'_v.
     dSCED/dz_a = p_a (q_a f'_a - G)             q_a = r / d
     dKL/dz_j   = p_j (y_j - ybar)               no log V and no cancellation
     dCE/dz_j   = p_j - [j = t],  and -q_a for j = t = a
+    d lse^2/dz_j = 2 lse p_j     and  dCE_u/dz_j = p_j - 1/V
 
 With a top-k mask w (sparsity.py) SCED = sum_v w_v f(p_v), and w_v f'_v takes the place of f'_v everywhere: columns
 outside the mask still receive the softmax term.
@@ -53,7 +58,7 @@ from .sparsity import TopKMask, row_num_kept, top_k_mask
 TERMS = ("ce", "sced", "kl")
 STATISTICS = ("maximum", "argmax", "residual", "mean_shift", "slope_sum")
 TOP_K_STATISTICS = ("num_kept", "threshold", "tie_weight")  # further columns of rows with a top-k mask
-NUM_TERMS = len(TERMS)
+EXTRA_TERMS = ("z_loss", "uniform_ce")  # further columns of the terms with a z-loss or label smoothing
 
 # y is clamped here from below (with a select, so that NaN passes): e^y is 0 there, and y * e^y must be 0, not NaN.
 SHIFT_FLOOR = -1.0e4
@@ -79,6 +84,11 @@ class ShiftedRows(NamedTuple):
 def statistics_of(spec: RowSpec) -> tuple[str, ...]:
     """The columns of the row statistics for ``spec``."""
     return STATISTICS + TOP_K_STATISTICS if spec.is_masked else STATISTICS
+
+
+def terms_of(spec: RowSpec) -> tuple[str, ...]:
+    """The columns of the row terms for ``spec``."""
+    return TERMS + EXTRA_TERMS if spec.is_extended else TERMS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,6 +130,26 @@ def per_item(total: Tensor, items: Tensor) -> Tensor:
 def entropy(residual: Tensor, mean_shift: Tensor) -> Tensor:
     """H = log1p(r) - ybar in nats: two terms of one sign, so accurate down to H = 1e-9."""
     return torch.log1p(residual) - mean_shift
+
+
+def log_sum_exp(maximum: Tensor, residual: Tensor) -> Tensor:
+    """lse = m + log1p(r); for the terms that are about it, never as a step to another one."""
+    return maximum + torch.log1p(residual)
+
+
+def extra_terms(maximum: Tensor, residual: Tensor, mean_of_shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of ``EXTRA_TERMS``: lse^2, and CE_u from the mean over all columns of y, which no p weights."""
+    return log_sum_exp(maximum, residual) ** 2, torch.log1p(residual) - mean_of_shifts
+
+
+def column_grads(grad_terms: Tensor, maximum: Tensor, residual: Tensor, spec: RowSpec) -> Tensor:
+    """What the gradient of a row takes in place of ``grad_terms`` (N, 5), which has the extra terms.
+
+    (N, 5): the gradients of CE, SCED and KL, the factor of p_v, and a constant of every column.
+    """
+    grad_ce, grad_sced, grad_kl, grad_z, grad_uniform = grad_terms.unbind(-1)
+    factor = 2 * log_sum_exp(maximum, residual) * grad_z + grad_uniform
+    return torch.stack((grad_ce, grad_sced, grad_kl, factor, -grad_uniform / max(spec.smoothed, 1)), -1)
 
 
 def sced_density(p: Tensor, log_ratio: Tensor, q: Tensor, alpha: float, beta: float) -> Tensor:
@@ -165,10 +195,10 @@ def row_terms(rows: ShiftedRows, labels: Tensor | None, spec: RowSpec) -> Tensor
 def row_gradient(rows: ShiftedRows, labels: Tensor | None, grad_terms: Tensor, spec: RowSpec) -> Tensor:
     """(N, V): gradient of sum(grad_terms * row_terms) with respect to the logits, in closed form.
 
-    ``grad_terms`` (N, 3) in the accumulation dtype.  Differentiable again, so that the reference supports a second
-    derivative, and more accurate than differentiating ``row_terms``, whose KL gradient would cancel near uniform.
+    ``grad_terms`` (N, 3), or (N, 5) of :func:`column_grads`.  Differentiable again, for a second derivative by the
+    reference, and more accurate than differentiating ``row_terms``, whose KL gradient would cancel near uniform.
     """
-    grad_ce, grad_sced, grad_kl = grad_terms.unsqueeze(1).unbind(-1)
+    grad_ce, grad_sced, grad_kl, *extra = grad_terms.unsqueeze(1).unbind(-1)
     p = _probability(rows)
     gradient = grad_kl * p * (rows.shift - _mean_shift(rows))
     if labels is not None:
@@ -178,7 +208,7 @@ def row_gradient(rows: ShiftedRows, labels: Tensor | None, grad_terms: Tensor, s
         gradient = gradient + grad_ce * ce_slope
     if spec.with_sced:
         gradient = gradient + grad_sced * _sced_gradient(rows, p, spec)
-    return gradient
+    return gradient + (extra[0] * p + extra[1]) if extra else gradient
 
 
 def one_hot_rows(residual: Tensor) -> Tensor:

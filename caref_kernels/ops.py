@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import valid_labels
 from .config import RowSpec
-from .objective import NUM_TERMS, accumulation_dtype, per_item, statistics_of
+from .objective import TERMS, accumulation_dtype, column_grads, extra_terms, per_item, statistics_of, terms_of
 
 NAMESPACE = "caref_kernels"
 SPEC_SCHEMA = (
     "float alpha, float beta, int vocab_size, int ignore_index, bool with_sced, "
-    "float k_scale, int k_min, int k_max, str backend, Tensor? numbers=None"
+    "float k_scale, int k_min, int k_max, bool with_z, int smoothed, str backend, Tensor? numbers=None"
 )
 _library = torch.library.Library(NAMESPACE, "DEF")
 _FIELDS = len(RowSpec._fields)
@@ -59,26 +60,60 @@ class Call(NamedTuple):
         return cls(spec.for_columns(columns), arguments[_FIELDS], varying)
 
 
-def num_statistics(arguments: tuple) -> int:
-    """The number of statistics per row, from the arguments of ``SPEC_SCHEMA``."""
-    return len(statistics_of(RowSpec(*arguments[:_FIELDS])))
+def widths(arguments: tuple) -> tuple[int, int]:
+    """The numbers of terms and of statistics per row, from the arguments of ``SPEC_SCHEMA``."""
+    spec = RowSpec(*arguments[:_FIELDS])
+    return len(terms_of(spec)), len(statistics_of(spec))
+
+
+def forward_of(backend: str, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """Terms and statistics by a backend, which has those of objective.TERMS; the extra terms are added here."""
+    terms, stats = backends.get(backend).forward(logits, targets, spec)
+    if not spec.is_extended:
+        return terms, stats
+    maximum, residual = stats[:, 0].double(), stats[:, 2].double()
+    if not spec.smoothed:
+        mean_of_shifts = torch.zeros_like(maximum)
+    elif terms.size(1) > len(TERMS):
+        terms, mean_of_shifts = terms[:, :-1], terms[:, -1].double()
+    else:
+        mean_of_shifts = logits.sum(-1, dtype=torch.float64).reshape(-1) / spec.smoothed - maximum
+    z_loss, uniform_ce = extra_terms(maximum, residual, mean_of_shifts)
+    if targets is not None:  # rows that are not valid may hold anything
+        valid = targets if targets.dtype == torch.bool else valid_labels(targets, spec.ignore_index)
+        uniform_ce = torch.where(valid, uniform_ce, 0.0)
+    return torch.cat((terms, torch.stack((z_loss, uniform_ce), -1).to(terms.dtype)), -1), stats
+
+
+def gradient_into(
+    out: Tensor,
+    grad_terms: Tensor,
+    logits: Tensor,
+    targets: Tensor | None,
+    stats: Tensor,
+    spec: RowSpec,
+    backend: str,
+) -> None:
+    """The gradient of sum(grad_terms * terms), written by a backend."""
+    if spec.is_extended:
+        grad_terms = column_grads(grad_terms, stats[:, 0], stats[:, 2], spec)
+    backends.get(backend).gradient(grad_terms, logits, targets, stats, spec, out)
 
 
 def _forward(logits, targets, *arguments):
     call = Call.of(logits.size(-1), arguments)
-    return backends.get(call.backend).forward(logits, targets, call.spec)
+    return forward_of(call.backend, logits, targets, call.spec)
 
 
 def _forward_fake(logits, targets, *arguments):  # noqa: ARG001
     dtype = accumulation_dtype(logits.dtype)
     rows = logits.size(0) * logits.size(1) if logits.dim() == 3 else logits.size(0)
-    shapes = (rows, NUM_TERMS), (rows, num_statistics(arguments))
-    return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(logits.new_empty((rows, width), dtype=dtype) for width in widths(arguments))
 
 
 def _backward_into(out, grad_terms, logits, targets, stats, arguments):
     call = Call.of(logits.size(-1), arguments)
-    backends.get(call.backend).gradient(grad_terms, logits, targets, stats, call.spec, out)
+    gradient_into(out, grad_terms, logits, targets, stats, call.spec, call.backend)
 
 
 def _backward(grad_terms, logits, targets, stats, *arguments):
@@ -109,9 +144,10 @@ def _reduce(terms, divisor, weights, per_row, any_items=False, varying=None, tok
     if divisor is not None:
         reduced = per_item(reduced, divisor) if any_items else reduced / divisor
     reduced = reduced.to(terms.dtype)
-    w_ce, w_sced, w_kl = weights if varying is None else varying.unbind()
-    ce, sced, kl = _weighted_terms(reduced, weights, varying) if any_items else reduced.unbind(-1)
-    return w_ce * ce + w_sced * sced + w_kl * kl, reduced
+    factors = weights if varying is None else varying.unbind()
+    used = _weighted_terms(reduced, weights, varying) if any_items else reduced.unbind(-1)
+    first, *rest = (factor * term for factor, term in zip(factors, used, strict=True))
+    return sum(rest, start=first), reduced
 
 
 def _weighted_terms(reduced: Tensor, weights: list[float], varying: Tensor | None):
@@ -158,7 +194,7 @@ reduce = register(
 def forward(
     logits: Tensor, targets: Tensor | None, spec: RowSpec, backend: str, numbers: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Terms (N, 3) and statistics (N, S); see :class:`caref_kernels.backends.Backend`."""
+    """Terms (N, 3) or (N, 5) and statistics (N, S); see :class:`caref_kernels.backends.Backend`."""
     return _forward_op(logits, targets, *spec, backend, numbers)
 
 
@@ -188,7 +224,7 @@ def backward_(
     _backward_inplace_op(grad_terms, logits, targets, stats, *spec, backend, numbers)
 
 
-def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
+def settled(spec: RowSpec, weights: tuple[float, ...], logits: Tensor):
     """(spec, weights, varying, numbers), where a number that changes between calls of compiled code is in a tensor.
 
     Dynamo takes a number for a constant at first, then for a symbol; an operator that took it as a number would make it
@@ -200,7 +236,7 @@ def settled(spec: RowSpec, weights: tuple[float, float, float], logits: Tensor):
     numbers = changing((spec.alpha, spec.beta, spec.k_scale), torch.float64, torch.device("cpu"))
     if numbers is not None:
         spec = spec._replace(alpha=2.0, beta=1.0, k_scale=1.0)
-    return spec, weights if varying is None else (1.0, 1.0, 1.0), varying, numbers
+    return spec, weights if varying is None else (1.0,) * len(weights), varying, numbers
 
 
 def changing(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -224,7 +260,7 @@ class Rows(Protocol):
     is_twice_differentiable: bool
 
     def forward(self, logits: Tensor, targets: Tensor | None, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Terms (n, 3) and statistics (n, S)."""
+        """Terms (n, 3), or (n, 5) with the extra ones, and statistics (n, S)."""
 
     def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, inplace: bool,
@@ -265,7 +301,7 @@ class DirectRows(WholeRows):
 
     def forward(self, logits: Tensor, targets: Tensor | None, numbers: None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """See :class:`Rows`."""
-        return backends.get(self.backend).forward(logits, targets, self.spec)
+        return forward_of(self.backend, logits, targets, self.spec)
 
     def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, inplace: bool,
@@ -273,5 +309,5 @@ class DirectRows(WholeRows):
     ) -> Tensor:  # fmt: skip
         """See :class:`Rows`."""
         out = logits if inplace else torch.empty_like(logits)
-        backends.get(self.backend).gradient(grad_terms, logits, targets, stats, self.spec, out)
+        gradient_into(out, grad_terms, logits, targets, stats, self.spec, self.backend)
         return out

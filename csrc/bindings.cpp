@@ -175,6 +175,8 @@ void bind_params(py::module_& module) {
       .def_readwrite("k_max", &RowParams::k_max)
       .def_readwrite("grad_row_stride", &RowParams::grad_row_stride)
       .def_readwrite("grad_term_stride", &RowParams::grad_term_stride)
+      .def_readwrite("with_mean_of_shifts", &RowParams::with_mean_of_shifts)
+      .def_readwrite("has_column_grads", &RowParams::has_column_grads)
       .def_readwrite("out_outer_stride", &RowParams::out_outer_stride)
       .def_readwrite("out_inner_stride", &RowParams::out_inner_stride)
       .def_readwrite("threads", &RowParams::threads)

@@ -33,8 +33,13 @@ enum class DType : int32_t {
   kBool = 7,  // a valid mask: one byte per row, 0 leaves the row out
 };
 
-// Columns of the row terms, (N, 3); counterparts of objective.TERMS.
-enum Term : int { kCe = 0, kSced = 1, kKl = 2, kNumTerms = 3 };
+// Columns of the row terms, (N, 3); counterparts of objective.TERMS.  With label smoothing there is
+// a further one, kMeanOfShifts: the mean over all columns of z - m, not weighted by p.
+enum Term : int { kCe = 0, kSced = 1, kKl = 2, kNumTerms = 3, kMeanOfShifts = 3 };
+
+// Columns of grad_terms after those of the terms, if has_column_grads: the factor of p_v and a
+// constant of every column; counterparts of the last two of objective.column_grads.
+enum Grad : int { kFactor = kNumTerms + 0, kConstant = kNumTerms + 1 };
 
 // Columns of the row statistics, (N, 5); counterparts of objective.STATISTICS: the maximum m, the
 // first column a that holds it, r = sum over v != a of exp(z_v - m), ybar = sum p (z - m), and G =
@@ -86,11 +91,13 @@ struct RowParams {
   int64_t k_max = 0;
 
   void* terms = nullptr;
+  bool with_mean_of_shifts = false;  // the terms have the column kMeanOfShifts, CPU only
   void* stats = nullptr;
 
   const void* grad_terms = nullptr;
   int64_t grad_row_stride = 0;
   int64_t grad_term_stride = 0;
+  bool has_column_grads = false;  // grad_terms has five columns, see Grad
   void* grad_logits = nullptr;
   int64_t out_outer_stride = 0;
   int64_t out_inner_stride = 0;
@@ -101,6 +108,7 @@ struct RowParams {
   CAREF_HD int64_t num_statistics() const {
     return has_topk_mask() ? int64_t{kNumTopKStatistics} : int64_t{kNumStatistics};
   }
+  CAREF_HD int64_t num_terms() const { return kNumTerms + with_mean_of_shifts; }
   CAREF_HD int64_t rows() const { return outer_rows * inner_rows; }
   CAREF_HD int64_t logits_offset(int64_t row) const {
     return (row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride;

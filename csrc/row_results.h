@@ -17,6 +17,7 @@ struct RowSums {
   int64_t argmax;
   double residual;
   double first_moment;
+  double mean_of_shifts = 0.0;  // if the terms have it
 };
 
 // Terms and statistics of one row.  The constructor fills them in; if needs_sced() is true the
@@ -34,6 +35,7 @@ class RowResult {
   CAREF_HD RowResult(const RowParams& params, const Target& target, const Exponents& exponents,
                      const RowSums& sums, double label_logit)
       : sums_(sums), constants_(static_cast<T>(sums.residual), vocabulary(params)) {
+    terms_[kMeanOfShifts] = sums.mean_of_shifts;
     stats_[kMaximum] = sums.maximum;
     stats_[kArgmax] = static_cast<double>(sums.argmax);
     const bool has_maximum = sums.maximum > -kInfinity && sums.maximum < kInfinity;
@@ -78,9 +80,11 @@ class RowResult {
   }
 
   CAREF_HD void write(const RowParams& params, int64_t row) const {
-    T* terms_out = static_cast<T*>(params.terms) + row * kNumTerms;
+    T* terms_out = static_cast<T*>(params.terms) + row * params.num_terms();
     T* stats_out = static_cast<T*>(params.stats) + row * params.num_statistics();
     for (int i = 0; i < kNumTerms; ++i) terms_out[i] = static_cast<T>(terms_[i]);
+    if (params.with_mean_of_shifts)
+      terms_out[kMeanOfShifts] = static_cast<T>(terms_[kMeanOfShifts]);
     for (int i = 0; i < kNumStatistics; ++i) stats_out[i] = static_cast<T>(stats_[i]);
     // A row without a softmax, or one that is not valid, has no top-k mask: its additional
     // statistics are NaN or 0 like the residual.
@@ -98,7 +102,7 @@ class RowResult {
   RowConstants<T> constants_;
   double c_ = 0.0;
   bool needs_sced_ = false;
-  double terms_[kNumTerms] = {};
+  double terms_[kNumTerms + 1] = {};
   double stats_[kNumStatistics] = {};
 };
 
@@ -111,6 +115,8 @@ struct RowBackward {
   double mean_shift;
   double slope_sum;
   double grad_ce, grad_sced, grad_kl;
+  double factor = 0.0;     // of p_v, besides what follows from the three gradients
+  double constant = 0.0;   // of every column
   double top_slope = 0.0;  // q_a p_a f'_a
 
   CAREF_HD RowBackward(const RowParams& params, int64_t row, const Target& target,
@@ -119,6 +125,11 @@ struct RowBackward {
                     static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride,
                     params.grad_term_stride, static_cast<double>(params.vocab_size)) {
     if (!target.has_label) grad_ce = 0.0;
+    if (params.has_column_grads) {
+      const T* grads = static_cast<const T*>(params.grad_terms) + row * params.grad_row_stride;
+      factor = grads[kFactor * params.grad_term_stride];
+      constant = grads[kConstant * params.grad_term_stride];
+    }
     if (!params.with_sced || is_one_hot(static_cast<T>(constants.residual))) {
       grad_sced = 0.0;
     } else {
@@ -139,7 +150,8 @@ struct RowBackward {
     const bool is_label = target.has_label && target.label == argmax;
     const double ce = is_label ? -constants.q_top : constants.p_top;
     const double sced = top_slope - constants.p_top * slope_sum;
-    return grad_ce * ce + grad_sced * sced - grad_kl * constants.p_top * mean_shift;
+    return grad_ce * ce + grad_sced * sced - grad_kl * constants.p_top * mean_shift +
+           factor * constants.p_top + constant;
   }
 
   // The gradient of the label column when it is not the arg-max.  `raw_shift` is its y before the
@@ -154,7 +166,7 @@ struct RowBackward {
       const double own = weight * p * sced_slope<double>(p, y - constants.c, q, exponents) / q;
       sced = own - p * slope_sum - e / constants.residual * top_slope;
     }
-    return -grad_ce * q + grad_sced * sced + grad_kl * p * (y - mean_shift);
+    return -grad_ce * q + grad_sced * sced + grad_kl * p * (y - mean_shift) + factor * p + constant;
   }
 
  private:

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from caref_kernels import CarefLoss, EntropyTopK, caref_loss, fused_sced
+from caref_kernels.config import RowSpec
 from caref_kernels.testing import make_case
 
 # torch's own compiler warns about itself here and there; the warnings of this package stay errors.
@@ -28,10 +29,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def _spec(columns, backend, budget=(0.0, 0, 0)):
-    return (2.0, 1.0, columns, -100, True, *budget, backend)
-
-
 def _operands(dtype, layout, targets):
     logits = make_case("lm_like", 6, 33, dtype, seed=1).logits
     if layout == "3-D strided":
@@ -46,26 +43,29 @@ def _operands(dtype, layout, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    ("layout", "targets", "budget"),
+    ("layout", "targets", "options"),
     [
-        ("2-D", "labels", (0.0, 0, 0)),
-        ("2-D", "mask", (0.0, 0, 0)),
-        ("3-D strided", "none", (0.0, 0, 0)),
-        ("2-D", "labels", (0.5, 1, 0)),
+        ("2-D", "labels", {}),
+        ("2-D", "mask", {}),
+        ("3-D strided", "none", {}),
+        ("2-D", "labels", {"k_scale": 0.5, "k_min": 1}),
+        ("3-D strided", "mask", {"with_z": True, "smoothed": -1}),
     ],
 )
-def test_opcheck(backend, dtype, layout, targets, budget):
+def test_opcheck(backend, dtype, layout, targets, options):
     """Schema, fake and dispatch of every operator are right; the operators are not differentiable themselves."""
     logits, labels = _operands(dtype, layout, targets)
-    spec = _spec(33, backend, budget)
+    spec = (*RowSpec(2.0, 1.0, 33, -100, True, **options), backend)
     terms, stats = OPS.forward(logits, labels, *spec)
     torch.library.opcheck(OPS.forward.default, (logits, labels, *spec))
     torch.library.opcheck(OPS.backward.default, (terms + 1, logits, labels, stats, *spec))
     torch.library.opcheck(OPS.backward_.default, (terms + 1, logits.clone(), labels, stats, *spec))
     divisor = torch.tensor(3.0, dtype=terms.dtype)
     for per_row in (False, True):
-        torch.library.opcheck(OPS.reduce.default, (terms, divisor, [1.0, 0.1, 0.1], per_row))
-        torch.library.opcheck(OPS.reduce.default, (terms, None, [1.0, 0.1, 0.1], per_row))
+        for by in (divisor, None):
+            torch.library.opcheck(
+                OPS.reduce.default, (terms, by, [0.5] * terms.size(1), per_row, False, None, terms[:, 0])
+            )
 
 
 def _run(function, case, *arguments):

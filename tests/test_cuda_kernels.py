@@ -110,7 +110,9 @@ def test_shared_rows(device, dtype, alpha, beta):
     labels[third] = columns - 5
     with BACKEND.device(*DEVICES[device]):
         actual = evaluate(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta, backend=NAME)
-        _, stats = torch.ops.caref_kernels.forward(logits, labels, alpha, beta, columns, -100, True, 0.0, 0, 0, NAME)
+        _, stats = torch.ops.caref_kernels.forward(
+            logits, labels, alpha, beta, columns, -100, True, 0.0, 0, 0, False, 0, NAME
+        )
     check_evaluation(actual, oracle(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta))
     assert stats[:, 1].tolist() == [
         0.0 if row == -100 else float(z.argmax()) for row, z in zip(labels, logits, strict=True)
@@ -183,7 +185,7 @@ def test_more_rows_than_a_launch_has_blocks():
 def test_failed_launches_raise_with_the_kernels_name(launch, kernel):
     """The error names the kernel, and the next call succeeds."""
     logits, labels = make_case("normal_1", 2, 40_000, seed=6)
-    spec = (1.5, 0.5, 40_000, -100, True, 0.0, 0, 0, NAME)
+    spec = (1.5, 0.5, 40_000, -100, True, 0.0, 0, 0, False, 0, NAME)
     BACKEND.controls.cuda_emulation_fail(launch, 209)
     with pytest.raises(RuntimeError, match=f"CUDA: {kernel}: no kernel image is available for execution on the device"):
         torch.ops.caref_kernels.forward(logits, labels, *spec)

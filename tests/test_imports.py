@@ -191,7 +191,7 @@ ARROWS: dict[str, set[str]] = {
     "linear_chunks.py": {"checks", "config", "distributed", "objective", "ops"},
     "modules.py": {"config", "distributed", "functional", "linear"},
     "objective.py": {"config", "sparsity"},
-    "ops.py": {"backends", "config", "objective"},
+    "ops.py": {"backends", "checks", "config", "objective"},
     "sparsity.py": set(),
     "testing": {"config", "functional", "objective", "sparsity"},
 }

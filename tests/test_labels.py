@@ -92,7 +92,7 @@ class Guarded:
 
 def _ops_under_guard(backend, logits, labels, dtype):
     """Run forward and both backwards on guarded tensors; returns the inputs and the buffer of the gradient."""
-    spec = (2.0, 1.0, logits.size(-1), -100, True, 0.0, 0, 0, backend)
+    spec = (2.0, 1.0, logits.size(-1), -100, True, 0.0, 0, 0, False, 0, backend)
     inputs = [Guarded(logits), Guarded(labels)]
     terms, stats = torch.ops.caref_kernels.forward(inputs[0].view, inputs[1].view, *spec)
     inputs += [Guarded(torch.ones_like(terms)), Guarded(stats)]
@@ -118,7 +118,7 @@ def test_canaries_of_bad_labels(raising_backend, label):
     """A label past the end of the last row: neither direction may write the margins, whatever it raises."""
     logits = Guarded(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)))
     labels = Guarded(torch.tensor([0, 1, label]))
-    spec = (2.0, 1.0, 5, -100, True, 0.0, 0, 0, raising_backend)
+    spec = (2.0, 1.0, 5, -100, True, 0.0, 0, 0, False, 0, raising_backend)
     with pytest.raises(IndexError):
         torch.ops.caref_kernels.forward(logits.view, labels.view, *spec)
     stats = Guarded(torch.ones(3, 5))
@@ -148,7 +148,7 @@ def test_canaries_of_bad_labels_on_a_device(silent_backend, label, columns):
 
 HOSTILE = """
 import math, sys, torch, caref_kernels
-spec = (2.0, 1.0, 64, -100, True, 0.0, 0, 0, sys.argv[1])
+spec = (2.0, 1.0, 64, -100, True, 0.0, 0, 0, False, 0, sys.argv[1])
 torch.set_default_device(sys.argv[2])
 for argmax in (-1.0, 64.0, 300.0, 1e9, -1e30, math.inf, math.nan):
     buffer = torch.full((3 * 64 + 8192,), -12345.0)

@@ -25,8 +25,8 @@ from caref_kernels import (
 from caref_kernels.config import HeadOptions, RowSpec
 
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
-LOSS = {**ROW, "lambda_sced": 0.1, "lambda_kl": 0.1, "ignore_index": -100, "shift": False, "reduction": "mean",
-        "return_terms": False}  # fmt: skip
+WEIGHTS = {"lambda_sced": 0.1, "lambda_kl": 0.1, "lambda_z": 0.0, "label_smoothing": 0.0}
+LOSS = {**ROW, **WEIGHTS, "ignore_index": -100, "shift": False, "reduction": "mean", "return_terms": False}
 ITEMS = {"num_items": None}
 TOKENS = {"token_weights": None}
 SHARD = {"shard": None}
@@ -35,9 +35,10 @@ HEAD = {"logit_scale": 1.0, "softcap": None, "chunk_rows": None, "reduce_hidden_
 CORE = {
     "CarefConfig": {**LOSS, **IN_PLACE},
     "CarefConfig.row_spec": {},
+    "CarefConfig.weights": {},
     "CarefLoss": {"config": None},
     "CarefLoss.forward": {**ITEMS, **TOKENS, **SHARD},
-    "CarefOutput": {"accuracy": None, "num_kept": None, "lse": None},
+    "CarefOutput": {"accuracy": None, "num_kept": None, "lse": None, "z_loss": None, "uniform_ce": None},
     "EntropyTopK": {"scale": 1.0, "k_min": 1, "k_max": None},
     "EntropyTopK.top_k_spec": {},
     "LinearCarefLoss": {"config": None, **HEAD},
@@ -102,7 +103,8 @@ def test_defaults_of_the_core():
 
 def test_defaults_of_internal_options():
     mask = {"k_scale": 0.0, "k_min": 0, "k_max": 0}
-    table = {"HeadOptions": HEAD, "RowSpec": mask, "RowSpec.for_columns": {}}
+    row = {**mask, "with_z": False, "smoothed": 0}
+    table = {"HeadOptions": HEAD, "RowSpec": row, "RowSpec.for_columns": {}}
     assert _defaults_in(config, ["HeadOptions", "RowSpec"]) == _with_types(table)
     assert _defaults_in(sparsity, ["TopKSpec"]) == _with_types({"TopKSpec": {"scale": 0.0, "k_min": 0, "k_max": 0}})
 

@@ -197,13 +197,13 @@ def test_a_metric_of_the_user_is_kept(tmp_path):
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0 .* got 0\.1"):
-        attach_caref(make_trainer("t5", tmp_path, label_smoothing_factor=0.1))
+def test_another_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, or .*, 0\.2; got 0\.1"):
+        attach_caref(make_trainer("t5", tmp_path, label_smoothing_factor=0.1), label_smoothing=0.2)
     trainer = make_trainer("t5", tmp_path)
     attach_caref(trainer)
     trainer.args.label_smoothing_factor = 0.2
-    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0 .* got 0\.2"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, or .*, 0\.0; got 0\.2"):
         trainer.train()
 
 

@@ -72,6 +72,8 @@ OPTIONS = [
     {"beta": 2.0},
     {"lambda_sced": 0.7},
     {"lambda_kl": 0.7},
+    {"lambda_z": 0.1},
+    {"label_smoothing": 0.1},
     {"sparsity": TopK(3)},
     {"ignore_index": 1},
     {"shift": True},

@@ -51,7 +51,8 @@ class Backend(Protocol):
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
         """Terms (N, 3) and statistics (N, S), float32 (float64 for float64 logits).
 
-        S = 5, or 8 with a top-k mask (``objective.statistics_of``).
+        S = 5, or 8 with a top-k mask (``objective.statistics_of``).  With ``spec.smoothed`` the terms may have a fourth
+        column, the mean over all columns of z - m; otherwise it takes another pass over the logits.
         """
 
     def gradient(
@@ -59,7 +60,8 @@ class Backend(Protocol):
     ) -> None:
         """Write the gradient of the logits into ``out`` (their shape and dtype; may be the logits themselves).
 
-        ``grad_terms`` (N, 3), any strides, is applied in the accumulation dtype before the one rounding.
+        ``grad_terms`` (N, 3), any strides, is applied in the accumulation dtype before the one rounding.  If
+        ``spec.is_extended`` it is (N, 5), see ``objective.column_grads``.
         """
 
     def sums(self, logits: Tensor, labels: Tensor, spec: RowSpec) -> LocalStats:

@@ -26,8 +26,9 @@ def row_params(module: ModuleType, logits: Tensor, targets: Tensor | None, spec:
     params.outer_stride, params.inner_stride = row_strides(logits)
     if targets is not None:
         params.targets, params.targets_dtype = targets.data_ptr(), module.DTYPES[str(targets.dtype)]
-    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced, *topk = spec
+    params.alpha, params.beta, params.vocab_size, params.ignore_index, params.with_sced, *topk = spec[:8]
     params.k_scale, params.k_min, params.k_max = topk
+    params.has_column_grads = spec.is_extended
     return params
 
 

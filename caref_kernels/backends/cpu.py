@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import RowSpec
-from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
+from ..objective import TERMS, accumulation_dtype, statistics_of
 from .compiled import MISSING, add_gradients, add_outputs, row_params
 from .compiled import MODULE as _C
 
@@ -45,7 +45,8 @@ class CpuBackend:
         params = _params(logits, targets, spec)
         dtype = accumulation_dtype(logits.dtype)
         rows = params.outer_rows * params.inner_rows
-        terms = torch.empty((rows, NUM_TERMS), dtype=dtype)
+        params.with_mean_of_shifts = spec.smoothed != 0
+        terms = torch.empty((rows, len(TERMS) + params.with_mean_of_shifts), dtype=dtype)
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype)
         add_outputs(params, terms, stats)
         _C.forward(params)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import RowSpec
-from ..objective import NUM_TERMS, accumulation_dtype, statistics_of
+from ..objective import TERMS, accumulation_dtype, statistics_of
 from . import devices
 from .compiled import MISSING, MODULE, add_gradients, add_outputs, row_params
 
@@ -48,7 +48,7 @@ class CudaBackend:
         params = row_params(self.module, logits, targets, spec)
         dtype, device = accumulation_dtype(logits.dtype), logits.device
         rows = params.outer_rows * params.inner_rows
-        terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=device)
+        terms = torch.empty((rows, len(TERMS)), dtype=dtype, device=device)
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=device)
         add_outputs(params, terms, stats)
         with self._guard(logits):

@@ -32,13 +32,16 @@ class ReferenceBackend:
     def gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, stats: Tensor, spec: RowSpec, out: Tensor
     ) -> None:
-        out.copy_(self.differentiable_gradient(grad_terms, logits, targets, spec))
+        rows, labels, valid = _prepare(logits, targets, spec)
+        out.copy_(_zero_unless(valid, objective.row_gradient(rows, labels, grad_terms, spec)).view(logits.shape))
 
     def differentiable_gradient(
         self, grad_terms: Tensor, logits: Tensor, targets: Tensor | None, spec: RowSpec
     ) -> Tensor:
         """The gradient as a differentiable function of ``logits`` and ``grad_terms``."""
         rows, labels, valid = _prepare(logits, targets, spec)
+        if spec.is_extended:
+            grad_terms = objective.column_grads(grad_terms, rows.maximum[:, 0], rows.residual[:, 0], spec)
         gradient = objective.row_gradient(rows, labels, grad_terms, spec)
         return _zero_unless(valid, gradient).to(logits.dtype).view(logits.shape)
 

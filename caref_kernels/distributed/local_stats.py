@@ -44,8 +44,8 @@ def moment_columns(spec: RowSpec) -> list[tuple[int, slice]]:
 
 
 def packed_columns(spec: RowSpec) -> int:
-    """Number of float64 values per row in the SUM."""
-    return moment_columns(spec)[-1][1].stop
+    """Number of float64 values per row in the SUM; with label smoothing the last is the sum of the logits."""
+    return moment_columns(spec)[-1][1].stop + bool(spec.smoothed)
 
 
 def blocks(logits: Tensor, device_elements: int = DEVICE_BLOCK_ELEMENTS):
@@ -73,6 +73,8 @@ def local_sums(logits: Tensor, labels: Tensor, spec: RowSpec) -> LocalStats:
         # A row that is not valid may hold anything.
         values = torch.where((labels[block] == IGNORED)[:, None], 0.0, logits[block].to(dtype))
         maximum[block], argmax[block] = values.max(-1)
+        if spec.smoothed:
+            sums[block, -1] = values.sum(-1, dtype=torch.float64)
         origin = maximum[block].nan_to_num(math.nan, 0.0, 0.0)
         shift = values - origin[:, None]
         shift = torch.where(shift < SHIFT_FLOOR, SHIFT_FLOOR, shift)
@@ -246,7 +248,7 @@ def column_gradient(logits: Tensor, labels: Tensor, grad_terms: Tensor, stats: T
     offset = objective.log_ratio_offset(residual.double(), spec.vocab_size).to(stats.dtype).double()
     row = RowTotals(maximum, residual.double(), mean_shift, offset, residual, offset, stats.dtype)
     part = Columns.of(logits, labels, argmax, row)
-    grad_ce, grad_sced, grad_kl = grad_terms.unsqueeze(1).unbind(-1)
+    grad_ce, grad_sced, grad_kl, *extra = grad_terms.unsqueeze(1).unbind(-1)
     p = torch.where(part.is_top, 1 / (1 + residual[:, None]), part.p)
     q_top = (residual / (1 + residual))[:, None]
     is_label = torch.arange(p.size(1), device=p.device) == labels[:, None]
@@ -262,4 +264,5 @@ def column_gradient(logits: Tensor, labels: Tensor, grad_terms: Tensor, stats: T
         rest = slopes - part.weight / torch.where(one_hot, 1.0, residual[:, None]) * top_slope
         sced = torch.where(part.is_top, top_slope, rest) - p * slope_sum[:, None]
         gradient = gradient + grad_sced * torch.where(one_hot, 0.0, sced)
+    gradient = gradient + (extra[0] * p + extra[1]) if extra else gradient
     return torch.where((labels == IGNORED)[:, None], 0.0, gradient).to(logits.dtype)

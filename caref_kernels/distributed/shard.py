@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends, objective
 from ..checks import check_label_range, valid_labels
 from ..config import CarefConfig, RowSpec
-from ..objective import MAX_COLUMNS, accumulation_dtype
+from ..objective import MAX_COLUMNS, accumulation_dtype, column_grads, extra_terms
 from ..sparsity import row_num_kept
 from .collectives import Collectives, GroupCollectives, distributed, fingerprint, gather_integers
 from .dtensors import is_dtensor, shard_axis
@@ -204,6 +204,10 @@ class ShardedRows(NamedTuple):
         else:
             rest = slope_sum = torch.zeros_like(row.residual)
         terms, stats = row.finish(rest, slope_sum, argmax, sums[:, LABEL], top_k, self.spec)
+        if self.spec.is_extended:
+            mean_of_shifts = sums[:, -1] / max(self.spec.smoothed, 1) - maximum.double()
+            extra = extra_terms(maximum.double(), row.residual, mean_of_shifts)
+            terms = torch.cat((terms, torch.stack(extra, -1).to(dtype)), -1)
         out_of_range = valid_labels(targets, self.spec.ignore_index) & ((targets < 0) | (targets >= self.total))
         terms = torch.where(out_of_range[:, None], torch.nan, terms)  # on a device; the CPU has raised
         valid = (labels != IGNORED)[:, None]
@@ -220,6 +224,8 @@ class ShardedRows(NamedTuple):
     ) -> Tensor:
         """The gradient of sum(grad_terms * terms) in these columns, in the memory of the logits if ``inplace``."""
         labels = self.local_labels(logits, targets)
+        if self.spec.is_extended:
+            grad_terms = column_grads(grad_terms, stats[:, 0], stats[:, 2], self.spec)
         out = logits.detach() if inplace else torch.empty_like(logits)
         if logits.numel() == 0:
             return out

@@ -16,8 +16,8 @@ from .passes import TERMS, record_terms
 _METHODS = ("compute_loss", "prediction_step", "evaluation_loop", "log", "call_model_init")
 
 
-def check_trainer(trainer: transformers.Trainer) -> None:
-    """Raise ValueError for what would replace the model's loss, or scale it wrongly."""
+def check_trainer(trainer: transformers.Trainer, label_smoothing: float) -> None:
+    """Raise ValueError for what would replace the model's loss, which has ``label_smoothing``, or scale it wrongly."""
     args = trainer.args
     if trainer.compute_loss_func is not None:
         raise ValueError(
@@ -29,10 +29,10 @@ def check_trainer(trainer: transformers.Trainer) -> None:
             f"{type(trainer).__name__} does not ask the model for its loss: use "
             f"caref_kernels.integrations.trl.CarefSFTTrainer instead of attach_caref"
         )
-    if args.label_smoothing_factor != 0:
+    if args.label_smoothing_factor not in (0, label_smoothing):
         raise ValueError(
-            f"label_smoothing_factor must be 0 with the CAREF loss, whose own terms regularise the distribution "
-            f"(the Trainer would replace the model's loss); got {args.label_smoothing_factor}"
+            f"label_smoothing_factor must be 0, or the label_smoothing of the CAREF loss, {label_smoothing}; got "
+            f"{args.label_smoothing_factor}"
         )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel must be False: it replaces the model's forward pass and its loss")
@@ -60,7 +60,7 @@ class TrainerTerms(transformers.TrainerCallback):
     """The terms of one trainer's passes; its methods replace those of the trainer, which they call."""
 
     def __init__(self, trainer: transformers.Trainer, apply: Callable[[nn.Module], nn.Module]) -> None:
-        self.trainer, self.apply = trainer, apply
+        self.trainer, self.apply, self.label_smoothing = trainer, apply, 0.0
         self.original = {name: getattr(trainer, name) for name in _METHODS}
         self.evaluation: list[Tensor] | None = None  # during an evaluation: (examples, 5) of all ranks for each step
         self.pending: tuple[int, dict[str, float]] | None = None  # the step and the terms of the next record
@@ -73,13 +73,18 @@ class TrainerTerms(transformers.TrainerCallback):
         self.last_step = step
 
     @classmethod
-    def install(cls, trainer: transformers.Trainer, apply: Callable[[nn.Module], nn.Module]) -> None:
+    def install(
+        cls, trainer: transformers.Trainer, apply: Callable[[nn.Module], nn.Module], label_smoothing: float
+    ) -> None:
         """Put the methods of a new instance into ``trainer``; a second time, only the loss of new models changes."""
-        installed = getattr(vars(trainer).get("compute_loss"), "__self__", None)
-        if isinstance(installed, cls):
-            installed.apply = apply
+        trainer.label_smoother = None  # it would replace the model's loss, which smooths its labels itself
+        terms = getattr(vars(trainer).get("compute_loss"), "__self__", None)
+        is_new = not isinstance(terms, cls)
+        terms = cls(trainer, apply) if is_new else terms
+        terms.apply, terms.label_smoothing = apply, label_smoothing
+        if not is_new:
             return
-        terms, handler = cls(trainer, apply), trainer.callback_handler
+        handler = trainer.callback_handler
         for name in _METHODS:
             setattr(trainer, name, getattr(terms, name))
         for name in ("on_step_end", "on_epoch_end"):
@@ -89,7 +94,7 @@ class TrainerTerms(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         """Check the arguments again, which may have changed, and start a new sum, also when training is resumed."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.label_smoothing)
         self.start(state.global_step)
         self.pending = None
 

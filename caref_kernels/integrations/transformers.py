@@ -158,6 +158,7 @@ def attach_caref(
       each evaluation and prediction ``eval_ce`` and so on.  The terms come from the pass that computed the loss, are
       added on the device and read once per record, in a collective that every process reaches.  A metric of the same
       name is kept.
+    - The ``label_smoothing_factor`` of the trainer's arguments becomes the ``label_smoothing`` of the loss.
 
     Args:
         trainer: a ``Trainer``, ``Seq2SeqTrainer`` or subclass whose ``compute_loss`` calls the model with its labels.
@@ -169,20 +170,22 @@ def attach_caref(
     Raises:
         TypeError: ``trainer`` is not a transformers Trainer; or as :func:`apply_caref`.
         ValueError: the trainer has something that would replace the model's loss or scale it wrongly:
-            ``compute_loss_func``, ``label_smoothing_factor``, ``use_liger_kernel``, ``nn.DataParallel``, context or
-            sequence parallelism; or as :func:`apply_caref`.
+            ``compute_loss_func``, a ``label_smoothing_factor`` that is not the loss's, ``use_liger_kernel``,
+            ``nn.DataParallel``, context or sequence parallelism; or as :func:`apply_caref`.
         RuntimeError: in training, if a ``compute_loss`` never calls the model with its labels.
     """
     if not isinstance(trainer, transformers.Trainer):
         raise TypeError(f"trainer must be a transformers Trainer; got {type(trainer).__name__}")
-    check_trainer(trainer)
     config = checked_config(config, options)
+    if config.label_smoothing == 0:
+        config = dataclasses.replace(config, label_smoothing=trainer.args.label_smoothing_factor)
+    check_trainer(trainer, config.label_smoothing)
 
     def apply(model: nn.Module) -> nn.Module:
         return apply_caref(model, config, fuse_head=fuse_head, probe_batch=probe_batch)
 
     apply(trainer.model)
-    TrainerTerms.install(trainer, apply)
+    TrainerTerms.install(trainer, apply, config.label_smoothing)
 
 
 def checked_config(config: CarefConfig | None, options: Mapping[str, Any]) -> CarefConfig:

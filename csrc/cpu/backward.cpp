@@ -28,11 +28,12 @@ struct TopKRow : RowBackward<T> {
   }
 };
 
-// The gradient p (C + grad_kl y + grad_sced f') of a column, where C holds the constants of the
-// row. It does not hold for the arg-max and the label columns, which the caller overwrites.
+// The gradient p (C + grad_kl y + grad_sced f') + K of a column, where C holds the constants of the
+// row, and K is 0 without label smoothing. It does not hold for the arg-max and the label columns,
+// which the caller overwrites.
 template <typename S, typename T, typename Kind>
 struct ColumnGradient {
-  T maximum, inverse_d, c, constant, kl, sced;
+  T maximum, inverse_d, c, constant, kl, sced, everywhere;
   // grad_sced q_a p_a f'_a e / r is formed from two factors, because 1 / r times the rest could
   // overflow.
   T inverse_residual, top_slope;
@@ -46,6 +47,7 @@ struct ColumnGradient {
         c(static_cast<T>(row.constants.c)),
         kl(static_cast<T>(row.grad_kl)),
         sced(static_cast<T>(row.grad_sced)),
+        everywhere(static_cast<T>(row.constant)),
         inverse_residual(0),
         top_slope(0),
         threshold(row.threshold),
@@ -60,7 +62,8 @@ struct ColumnGradient {
         top_slope = static_cast<T>(row.grad_sced * row.top_slope);
       }
     }
-    constant = static_cast<T>(row.grad_ce - row.grad_sced * sum - row.grad_kl * row.mean_shift);
+    constant = static_cast<T>(row.grad_ce + row.factor - row.grad_sced * sum -
+                              row.grad_kl * row.mean_shift);
   }
 
   CAREF_HD Vec<T> operator()(Vec<T> x) const {
@@ -73,9 +76,9 @@ struct ColumnGradient {
     } else if constexpr (Kind::kSced) {
       const Vec<T> q = 1 - p;
       inner += weight(x) * (sced_slope<T>(p, y - c, q, exponents) / q);
-      return p * inner - e * inverse_residual * top_slope;
+      return p * inner - e * inverse_residual * top_slope + everywhere;
     }
-    return p * inner;
+    return p * inner + everywhere;
   }
 
   // grad_sced w.

@@ -16,6 +16,8 @@ struct LaneSums : PartialSums<Kind> {
   T maximum = -std::numeric_limits<T>::infinity();
   int64_t argmax = 0;
   bool is_nan = false;
+  T pivot = -std::numeric_limits<T>::infinity();  // the first maximum
+  double total = 0.0;                             // of x - pivot, if it is wanted
   WideSum<T> wide_residual, wide_first_moment;
   WideSum<T> wide_moments[Kind::kMoments + 1];  // one more, because C++ has no empty arrays
 };
@@ -82,14 +84,20 @@ void raise_maximum(LaneSums<T, Kind>& sums, T maximum, int64_t argmax) {
 }
 
 template <typename S, typename T, typename Kind>
-void sum_row(BlockReader<S>& block, LaneSums<T, Kind>& sums) {
+void sum_row(BlockReader<S>& block, LaneSums<T, Kind>& sums, bool with_total) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
   while (block.next()) {
     const T block_maximum = block.maximum();
+    if (with_total) {
+      if (sums.pivot == kLowest) sums.pivot = block_maximum;
+      // Blocks before the first maximum have only -inf, as has the sum then.
+      sums.total += sums.pivot == kLowest ? static_cast<double>(kLowest) : block.total(sums.pivot);
+    }
     if (block_maximum > sums.maximum) {
       const int64_t argmax = block.find(block_maximum);
       raise_maximum(sums, block_maximum, argmax);
       block.exclude(argmax);
-    } else if (sums.maximum == -std::numeric_limits<T>::infinity()) {
+    } else if (sums.maximum == kLowest) {
       // So far the row has only -inf and NaN, so there is no maximum to sum relative to.
       sums.is_nan |= block.any_nan();
       continue;
@@ -140,9 +148,12 @@ void forward_row(const RowParams& params, const Exponents& exponents, int64_t ro
   BlockReader<S> block(logits, params.columns);
   // The k of a top-k mask depends on the row's entropy, so SCED needs a second pass over the row.
   LaneSums<T, std::conditional_t<kIsTopKMasked<Kind>, NoSced, Kind>> sums;
-  sum_row(block, sums);
+  sum_row(block, sums, params.with_mean_of_shifts);
   const double residual = sums.is_nan ? kNan : sums.residual;
-  const RowSums totals{static_cast<double>(sums.maximum), sums.argmax, residual, sums.first_moment};
+  const double maximum = static_cast<double>(sums.maximum);
+  const double mean_of_shifts = sums.total / static_cast<double>(params.columns) +
+                                (static_cast<double>(sums.pivot) - maximum);
+  const RowSums totals{maximum, sums.argmax, residual, sums.first_moment, mean_of_shifts};
   const double label_logit = target.has_label ? load_one(logits + target.label) : 0.0;
   RowResult<T> result(params, target, exponents, totals, label_logit);
   if constexpr (kIsTopKMasked<Kind>) {

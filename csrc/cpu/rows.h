@@ -112,6 +112,26 @@ class BlockReader {
     return lane_maximum<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
   }
 
+  // The sum of x - pivot over the columns of the current block, before one of them is excluded.
+  double total(T pivot) const {
+    constexpr int kChains = 4;
+    Vec<T> sums[kChains] = {};
+    const int64_t whole = values_ == tail_ ? 0 : registers_;
+    int64_t i = 0;
+    for (; i + kChains <= whole; i += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) sums[chain] += (*this)[i + chain] - pivot;
+    }
+    for (; i < whole; ++i) sums[0] += (*this)[i] - pivot;
+    double total = 0.0;
+    for (const Vec<T>& sum : sums)
+      for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(sum[lane]);
+    if (whole == 0)
+      for (int64_t lane = 0; lane < end_ - start_; ++lane)
+        total += static_cast<double>(load_one(tail_ + lane)) - static_cast<double>(pivot);
+    return total;
+  }
+
   // The first column of the current block that holds `value`, its maximum.
   int64_t find(T value) const {
     int64_t i = 0;

@@ -18,10 +18,10 @@ using Element = S::Element;
 // Vectors that a thread loads before it writes any of them.
 constexpr int kBatch = 4;
 
-// The constants of p (constant + kl y + sced f') - e inverse_residual top_slope, the gradient of a
-// column.  The last term is used only for exponents without a one-pass form.
-struct ColumnConstants {
-  T maximum, inverse_d, c, constant, kl, sced;
+// The constants of p (constant + kl y + sced f') + everywhere - e inverse_residual top_slope, the
+// gradient of a column.  The last term is used only for exponents without a one-pass form.
+struct alignas(double) ColumnConstants {
+  T maximum, inverse_d, c, constant, kl, sced, everywhere;
   T inverse_residual, top_slope;  // two factors, because their product could overflow
 };
 
@@ -68,7 +68,8 @@ __device__ ConstantsOf<Kind> column_constants(const RowBackward<T>& row) {
     }
   }
   constants.constant =
-      static_cast<T>(row.grad_ce - row.grad_sced * sum - row.grad_kl * row.mean_shift);
+      static_cast<T>(row.grad_ce + row.factor - row.grad_sced * sum - row.grad_kl * row.mean_shift);
+  constants.everywhere = static_cast<T>(row.constant);
   return constants;
 }
 
@@ -102,9 +103,9 @@ __device__ __forceinline__ T column_gradient(T z, const ConstantsOf<Kind>& row,
     if (!kIsTopKMasked<Kind> || sced != 0) {
       inner += sced * (sced_slope<T>(p, y - row.c, q, exponents) / q);
     }
-    return p * inner - e * row.inverse_residual * row.top_slope;
+    return p * inner - e * row.inverse_residual * row.top_slope + row.everywhere;
   }
-  return p * inner;
+  return p * inner + row.everywhere;
 }
 
 // Results of the set-up by thread 0, for its block.

@@ -33,7 +33,7 @@ INTEGRATIONS: list[Mutant] = [
     *mutants(
         "token weights of a batch dropped, or not those of its labels",
         PASSES,
-        "token_weights",
+        "row_options_of_models",
         "",
         ("token-weights-not-shifted", "return shifted(weights) if self.form.shift and", "return weights if"),
         ("shift-labels-weights-shifted", "self.form.shift and self.shift_labels is None", "self.form.shift"),

@@ -26,7 +26,7 @@ TESTS = {
     "integrations/counting.py": "signatures count_items",
     "integrations/heads.py": "heads heads_refused model_loss_ranks",
     "integrations/model_loss.py": "model_loss model_life heads model_loss_ranks",
-    "integrations/passes.py": "model_loss token_weights model_life transformers heads trl model_loss_ranks",
+    "integrations/passes.py": "model_loss row_options_of_models model_life transformers heads trl model_loss_ranks",
     "integrations/probe.py": "probe model_loss heads heads_refused model_life model_loss_ranks",
     "integrations/trainer.py": "transformers model_loss_ranks",
     "integrations/transformers.py": "signatures model_loss model_life heads transformers model_loss_ranks",

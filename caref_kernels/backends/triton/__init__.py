@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...config import RowSpec
-from ...objective import NUM_TERMS, accumulation_dtype, statistics_of
+from ...objective import TERMS, accumulation_dtype, statistics_of
 from .. import devices
 from ..compiled import row_strides
 from . import tiling
@@ -61,7 +61,7 @@ class TritonBackend:
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(logits.dtype)
         rows = logits.numel() // logits.size(-1)
-        terms = torch.empty((rows, NUM_TERMS), dtype=dtype, device=logits.device)
+        terms = torch.empty((rows, len(TERMS)), dtype=dtype, device=logits.device)
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=logits.device)
         if rows:
             config = tiling.forward_config(rows, logits.size(-1), _storage(logits), _device(logits.device))
@@ -81,11 +81,12 @@ class TritonBackend:
             return
         config = tiling.backward_config(rows, logits.size(-1), _storage(logits, out), _device(logits.device))
         call = _Call(logits, targets, spec)
+        variant = call.variant._replace(column_grads=True) if spec.is_extended else call.variant
         strides = (*call.strides, *row_strides(out), *grad_terms.stride())
         with _guard(logits):
             backward.gradient_kernel[(rows * config.splits,)](
                 logits, out, call.targets, stats, grad_terms, call.columns, call.inner_rows, *strides, spec.vocab_size,
-                spec.ignore_index, config.splits, call.variant, config.tile, **_options(config.tile),
+                spec.ignore_index, config.splits, variant, config.tile, **_options(config.tile),
             )  # fmt: skip
 
 

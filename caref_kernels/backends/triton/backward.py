@@ -29,6 +29,9 @@ TIE_WEIGHT = tl.constexpr(7)
 CE = tl.constexpr(0)
 SCED = tl.constexpr(1)
 KL = tl.constexpr(2)
+# Additional columns of the incoming gradients, counterparts of the last two of objective.column_grads.
+FACTOR = tl.constexpr(3)
+CONSTANT = tl.constexpr(4)
 
 
 @triton.jit
@@ -38,14 +41,21 @@ def statistic(stats, row, INDEX: tl.constexpr, VARIANT: tl.constexpr):
 
 @triton.jit
 def incoming(grad_terms, row, row_stride, term_stride, VARIANT: tl.constexpr):
-    """The incoming gradients of the row's (CE, SCED, KL) in float64; that of CE is 0 if there are no labels."""
+    """The incoming gradients of the row's (CE, SCED, KL) in float64; that of CE is 0 if there are no labels.
+
+    Then the factor of p_v and the constant of every column, which are 0 without ``VARIANT.column_grads``.
+    """
     place = grad_terms + row * row_stride.to(tl.int64)
     term_stride = term_stride.to(tl.int64)
     grad_kl = tl.load(place + KL * term_stride).to(tl.float64)
     grad_ce = grad_kl * 0
     if VARIANT.targets == "labels":
         grad_ce = tl.load(place + CE * term_stride).to(tl.float64)
-    return grad_ce, tl.load(place + SCED * term_stride).to(tl.float64), grad_kl
+    factor, everywhere = grad_kl * 0, grad_kl * 0
+    if VARIANT.column_grads:
+        factor = tl.load(place + FACTOR * term_stride).to(tl.float64)
+        everywhere = tl.load(place + CONSTANT * term_stride).to(tl.float64)
+    return grad_ce, tl.load(place + SCED * term_stride).to(tl.float64), grad_kl, factor, everywhere
 
 
 @triton.jit
@@ -53,10 +63,10 @@ def row_slopes(stats, grads, row, vocab_size, VARIANT: tl.constexpr):
     """The constants of a row that its elements need, as float64 scalars.
 
     They are (maximum, residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, gradient of the arg-max column
-    without CE), where p (constant + grad_kl y + grad_sced f') is the gradient of every other column and top_slope is
-    w_a q_a p_a f'_a.
+    without CE, everywhere), where p (constant + grad_kl y + grad_sced f') + everywhere is the gradient of every other
+    column and top_slope is w_a q_a p_a f'_a.
     """
-    grad_ce, grad_sced, grad_kl = grads
+    grad_ce, grad_sced, grad_kl, factor, everywhere = grads
     dtype: tl.constexpr = stats.dtype.element_ty
     stored = tl.load(stats + row * VARIANT.statistics + RESIDUAL)
     residual = stored.to(tl.float64)
@@ -84,7 +94,11 @@ def row_slopes(stats, grads, row, vocab_size, VARIANT: tl.constexpr):
             constant -= grad_sced * slope_sum
     else:
         grad_sced = c * 0
-    return statistic(stats, row, MAXIMUM, VARIANT), residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top
+    if VARIANT.column_grads:
+        constant += factor
+        top += factor * p_top + everywhere
+    maximum = statistic(stats, row, MAXIMUM, VARIANT)
+    return maximum, residual, c, constant, grad_ce, grad_sced, grad_kl, top_slope, top, everywhere
 
 
 @triton.jit
@@ -94,7 +108,7 @@ def element_constants(slopes, dtype: tl.constexpr):
     For float32 elements log2 d is subtracted in the exponent, so that p costs one multiply-add instead of a product.
     Its rounding changes every p of the row by the same factor, at most 4e-7, far below the tolerance of a gradient.
     """
-    maximum, residual, c, constant, _, grad_sced, grad_kl, top_slope, _ = slopes
+    maximum, residual, c, constant, _, grad_sced, grad_kl, top_slope, _, everywhere = slopes
     d = 1.0 + residual
     if dtype == tl.float64:
         scale = 1.0 / d
@@ -111,13 +125,14 @@ def element_constants(slopes, dtype: tl.constexpr):
         grad_kl.to(dtype),
         inverse_residual.to(dtype),
         factor.to(dtype),
+        everywhere.to(dtype),
     )
 
 
 @triton.jit
 def column_gradient(z, constants, topk_mask, VARIANT: tl.constexpr):
     """The gradient of columns other than arg-max and label; ``topk_mask`` is (threshold, tie weight), if any."""
-    maximum, scale, c, constant, grad_sced, grad_kl, inverse_residual, top_slope = constants
+    maximum, scale, c, constant, grad_sced, grad_kl, inverse_residual, top_slope, everywhere = constants
     y = row_math.clamp_shift(z - maximum)
     if z.dtype == tl.float64:
         e = tl.exp(y)
@@ -129,7 +144,7 @@ def column_gradient(z, constants, topk_mask, VARIANT: tl.constexpr):
         slope = row_math.even_slope(p, y - c, grad_sced, VARIANT.alpha, VARIANT.beta)
         if VARIANT.topk:
             slope *= row_math.topk_weight(z, topk_mask[0], topk_mask[1])
-        return p * (inner + slope)
+        gradient = p * (inner + slope)
     elif VARIANT.with_sced:
         q = 1 - p
         slope = grad_sced * (row_math.sced_slope(p, y - c, q, VARIANT.alpha, VARIANT.beta) / q)
@@ -137,9 +152,12 @@ def column_gradient(z, constants, topk_mask, VARIANT: tl.constexpr):
             slope *= row_math.topk_weight(z, topk_mask[0], topk_mask[1])
         inner += slope
         # The factors stay in range, but top_slope / r may overflow for beta < 1 on a confident row.
-        return p * inner - row_math.exponential(y) * inverse_residual * top_slope
+        gradient = p * inner - row_math.exponential(y) * inverse_residual * top_slope
     else:
-        return p * inner
+        gradient = p * inner
+    if VARIANT.column_grads:
+        gradient += everywhere
+    return gradient
 
 
 @triton.jit
@@ -192,7 +210,7 @@ def write_gradient(
     """Write the gradient of tiles [first, last) of a row that has a softmax."""
     columns, first, last = bounds
     argmax, label = special
-    _, residual, _, _, grad_ce, _, _, _, top = slopes
+    _, residual, _, _, grad_ce, _, _, _, top, _ = slopes
     # The slope of CE is p_a, or p_a - 1 if the arg-max is the label; -r / d avoids the cancellation of p_a - 1.
     top = (top + grad_ce * tl.where(label == argmax, -residual, 1.0) / (1.0 + residual)).to(dtype)
     constants = element_constants(slopes, dtype)

@@ -200,6 +200,7 @@ class Variant(NamedTuple):
     targets: str  # "labels", "valid_mask" or "none"
     topk: bool = False  # SCED has a top-k mask: the forward leaves SCED to the selection
     statistics: int = 5  # columns of the row statistics
+    column_grads: bool = False  # of a gradient alone: it has the last two columns of objective.column_grads
 
     @property
     def before_selection(self) -> Variant:

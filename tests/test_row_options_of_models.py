@@ -1,4 +1,4 @@
-"""``token_weights`` in the batch of a model with the CAREF loss, and in the examples of a Trainer."""
+"""Token weights, the z-loss and label smoothing of a model with the CAREF loss, and in a Trainer."""
 
 from __future__ import annotations
 
@@ -95,3 +95,32 @@ def test_token_weights_of_the_examples(kind, fuse_head, tmp_path):
         records.append({**records_with(trainer, "loss")[0], **trainer.evaluate()})
     for name in ("loss", "ce", "sced", "kl", "eval_loss", "eval_ce", "eval_sced", "eval_kl"):
         check_identity(torch.tensor(records[1][name]), torch.tensor(2 * records[0][name]), "float32_terms", name)
+
+
+# ------------------------------------------------------------------------------------------- z-loss and label smoothing
+
+
+@FORMS
+@KINDS
+def test_extra_terms_of_a_model(kind, fuse_head):
+    options = {"lambda_z": 1e-3, "label_smoothing": 0.1}
+    model = apply_caref(tiny_heads.make(kind), fuse_head=fuse_head, backend=BACKEND, **options)
+    inputs, labels = tiny_heads.batch(model)
+    expected = caref_loss(*logits_of(model, inputs, labels), backend=BACKEND, **options)
+    check_identity(model(**inputs, labels=labels).loss.detach(), expected.detach(), "float32_terms")
+
+
+@FORMS
+@KINDS
+def test_the_smoothing_of_a_trainer_is_that_of_the_loss(kind, fuse_head, tmp_path):
+    """Without regularisers it is the Trainer's own smoothed loss."""
+    losses = []
+    for attach in (True, False):
+        trainer = make_trainer(kind, tmp_path, learning_rate=0.0, label_smoothing_factor=0.2)
+        if attach:
+            attach_caref(trainer, fuse_head=fuse_head, lambda_sced=0, lambda_kl=0, backend=BACKEND)
+            assert trainer.label_smoother is None
+        trainer.train()
+        losses.append((records_with(trainer, "loss")[0]["loss"], trainer.evaluate()["eval_loss"]))
+    for ours, own in zip(*losses, strict=True):
+        check_identity(torch.tensor(ours), torch.tensor(own), "float32_terms")
