@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .sparsity import Sparsity
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from typing_extensions import Unpack
+
+    from .keywords import LossKeywords
 
 
 class CarefOutput(NamedTuple):
@@ -43,6 +46,18 @@ class CarefOutput(NamedTuple):
     uniform_ce: Tensor | None = None
 
 
+@overload
+def caref_loss(
+    logits: Tensor, labels: Tensor, *, return_terms: Literal[False] = False, **options: Unpack[LossKeywords]
+) -> Tensor: ...
+@overload
+def caref_loss(
+    logits: Tensor, labels: Tensor, *, return_terms: Literal[True], **options: Unpack[LossKeywords]
+) -> CarefOutput: ...
+@overload
+def caref_loss(
+    logits: Tensor, labels: Tensor, *, return_terms: bool, **options: Unpack[LossKeywords]
+) -> Tensor | CarefOutput: ...
 def caref_loss(
     logits: Tensor,
     labels: Tensor,

@@ -5,7 +5,7 @@ The products and the loss run chunk by chunk of rows, in linear_chunks.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,41 @@ from .sparsity import Sparsity
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from typing_extensions import Unpack
+
+    from .keywords import LinearKeywords
 
 
+@overload
+def linear_caref_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...
+@overload
+def linear_caref_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> CarefOutput: ...
+@overload
+def linear_caref_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_terms: bool,
+    **options: Unpack[LinearKeywords],
+) -> Tensor | CarefOutput: ...
 def linear_caref_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -14,13 +14,16 @@ from .linear import linear_from_config
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from typing_extensions import Unpack
+
+    from .keywords import ConfigKeywords, ScedKeywords
 
 
 class _ConfiguredLoss(nn.Module):
     config: CarefConfig
     _OPTIONS = tuple(field.name for field in dataclasses.fields(CarefConfig))  # and what else the module has
 
-    def __init__(self, config: CarefConfig | None = None, **options) -> None:
+    def __init__(self, config: CarefConfig | None = None, **options: Unpack[ConfigKeywords]) -> None:
         super().__init__()
         check_options(type(self).__name__, options, self._OPTIONS)
         if config is not None and options:
@@ -77,7 +80,7 @@ class LinearCarefLoss(_ConfiguredLoss):
         softcap: float | None = HeadOptions.softcap,
         chunk_rows: int | None = HeadOptions.chunk_rows,
         reduce_hidden_grad: bool = HeadOptions.reduce_hidden_grad,
-        **options,
+        **options: Unpack[ConfigKeywords],
     ) -> None:
         super().__init__(config, **options)
         self.head = HeadOptions(
@@ -117,7 +120,7 @@ class SCEDLoss(_ConfiguredLoss):
 
     _FIXED = ("lambda_sced", "lambda_kl", "lambda_z", "label_smoothing", "ignore_index", "shift", "return_terms")
 
-    def __init__(self, config: CarefConfig | None = None, **options) -> None:
+    def __init__(self, config: CarefConfig | None = None, **options: Unpack[ScedKeywords]) -> None:
         fixed = [name for name in self._FIXED if name in options]
         if fixed:
             raise TypeError(f"SCEDLoss has no option {fixed[0]!r}; it is the SCED term alone, with weight 1")

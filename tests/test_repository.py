@@ -115,7 +115,7 @@ def _lines(paths: Iterable[Path]) -> int:
 SIZES = {
     "README.md": (lambda: [ROOT / "README.md"], 130),
     "DESIGN.md": (lambda: [ROOT / "DESIGN.md"], 100),
-    "Python in the wheel": (lambda: SOURCES, 11_100),
+    "Python in the wheel": (lambda: SOURCES, 11_250),
     "results": (lambda: [path for path in _committed() if _name(path).startswith("benchmarks/results/")], 6_000),
     "everything": (_committed, 45_500),
 }

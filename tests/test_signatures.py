@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +23,12 @@ from caref_kernels import (
     VocabShard,
     config,
     fused_sced,
+    keywords,
     sparsity,
 )
 from caref_kernels.config import HeadOptions, RowSpec
 
+ROOT = Path(__file__).resolve().parents[1]
 ROW = {"alpha": 2.0, "beta": 1.0, "sparsity": None, "vocab_size": None, "backend": "auto"}
 WEIGHTS = {"lambda_sced": 0.1, "lambda_kl": 0.1, "lambda_z": 0.0, "label_smoothing": 0.0}
 LOSS = {**ROW, **WEIGHTS, "ignore_index": -100, "shift": False, "reduction": "mean", "return_terms": False}
@@ -159,3 +164,75 @@ def test_weights_of_a_config_do_not_reach_the_sced_term(options):
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     assert fused_sced(logits) > 0
     assert torch.equal(SCEDLoss(CarefConfig(**options))(logits), fused_sced(logits))
+
+
+# ----------------------------------------------------------------------------------------------------- type checkers
+
+
+def _keywords(function) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def test_the_typed_keywords_are_those_of_the_signatures():
+    fields = {field.name for field in dataclasses.fields(CarefConfig)}
+    for typed, names in (
+        (keywords.ConfigKeywords, fields),
+        (keywords.ScedKeywords, fields - set(SCEDLoss._FIXED)),
+        (keywords.LossKeywords, _keywords(caref_kernels.caref_loss) - {"return_terms"}),
+        (keywords.LinearKeywords, _keywords(caref_kernels.linear_caref_loss) - {"return_terms"}),
+    ):
+        assert set(typed.__annotations__) == names, typed
+
+
+SCRIPT = """
+import torch
+from torch import Tensor
+from caref_kernels import CarefLoss, CarefOutput, EntropyTopK, LinearCarefLoss, SCEDLoss, TopK
+from caref_kernels import caref_loss, fused_sced, linear_caref_loss
+
+def step(logits: Tensor, weight: Tensor, labels: Tensor, verbose: bool) -> Tensor:
+    out: CarefOutput = caref_loss(logits, labels, return_terms=True, sparsity=EntropyTopK(scale=0.5))
+    head: CarefOutput = linear_caref_loss(logits, weight, labels, return_terms=True, softcap=30.0)
+    either: Tensor | CarefOutput = caref_loss(logits, labels, return_terms=verbose)
+    modules = (CarefLoss(alpha=3.0), LinearCarefLoss(lambda_z=1e-4, chunk_rows=64), SCEDLoss(sparsity=TopK(8)))
+    print(out.ce.item(), head.kl.item(), either, modules)
+    loss = caref_loss(logits, labels, label_smoothing=0.1, token_weights=torch.ones(4), shift=True)
+    return loss + fused_sced(logits, beta=0.0) + linear_caref_loss(logits, weight, labels, num_items=7)
+"""
+# Lines that a type checker must refuse, each with a part of what mypy says.
+MISTAKES = {
+    "CarefLoss(alhpa=2.0)": 'did you mean "alpha"',
+    "LinearCarefLoss(chunk_row=64)": 'did you mean "chunk_rows"',
+    "SCEDLoss(lambda_kl=0.1)": "Unexpected keyword argument",
+    "caref_loss(torch.ones(2, 3), torch.ones(2), lamda_kl=1.0)": 'did you mean "lambda_kl"',
+    "caref_loss(torch.ones(2, 3), torch.ones(2)).ce": 'has no attribute "ce"',
+    "caref_loss(torch.ones(2, 3), torch.ones(2), reduction='avg')": "No overload variant",
+}
+# The package and torch have files of their own that are not the script's, and torch's backward has no types.
+CHECKERS = {
+    "mypy": ["-m", "mypy", "--strict", "--follow-imports=silent", "--untyped-calls-exclude=torch", "--no-color-output"],
+    "basedpyright": ["-m", "basedpyright", "--level", "error", "--pythonpath", sys.executable],
+}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_script_is_typed(checker, tmp_path):
+    """Strict mypy, and pyright, accept what is right and refuse what is not."""
+    pytest.importorskip(checker)
+    (tmp_path / "right.py").write_text(SCRIPT)
+    (tmp_path / "wrong.py").write_text(SCRIPT + "\n".join(MISTAKES))
+    paths = dict.fromkeys(("PYTHONPATH", "MYPYPATH"), str(ROOT))
+    environment = {**os.environ, **paths, "MYPY_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *CHECKERS[checker], name]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("right.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = run("wrong.py").stdout
+    first = len(SCRIPT.splitlines()) + 1
+    for line, message in enumerate(MISTAKES.values(), first):
+        assert f"wrong.py:{line}:" in found, found
+        assert checker != "mypy" or message in found

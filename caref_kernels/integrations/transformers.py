@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from caref_kernels import CarefConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from caref_kernels.keywords import ConfigKeywords
 
 OLDEST_TRANSFORMERS = (5, 17)
 _NEEDS = "caref_kernels.integrations.transformers needs transformers >= 5.17 (pip install 'caref_kernels[train]')"
@@ -45,7 +50,7 @@ def apply_caref(
     *,
     fuse_head: bool = False,
     probe_batch: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[ConfigKeywords],
 ) -> nn.Module:
     """Make the CAREF loss the loss of ``model``, in place.
 
@@ -145,7 +150,7 @@ def attach_caref(
     *,
     fuse_head: bool = False,
     probe_batch: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[ConfigKeywords],
 ) -> None:
     """Let ``trainer`` train and evaluate with the CAREF loss, and log its terms.
 
