@@ -285,10 +285,10 @@ ROWS = [
     ),
     *mutants(
         "log-sum-exp relative to the maximum",
-        FUNCTIONAL,
+        OBJECTIVE,
         "row_options",
         "lse",
-        ("lse-without-maximum", 'columns["maximum"] + torch.log1p', "torch.log1p"),
+        ("lse-without-maximum", "return maximum + torch.log1p(residual)", "return torch.log1p(residual)"),
     ),
     *mutants(
         "no items taken for no row, or a gradient of NaN",

@@ -120,7 +120,7 @@ TRITON = [
         BACKWARD,
         "numerics",
         "triton and (many_rows or vocabularies or widths)",
-        ("t-sced-gradient-zero", "return p * (inner + slope)", "return p * (inner + 0 * slope)"),
+        ("t-sced-gradient-zero", "gradient = p * (inner + slope)", "gradient = p * (inner + 0 * slope)"),
         ("t-top-column-general", "tl.where(rows.is_at(argmax, start, part, TILE), top, value)", "value"),
         ("t-label-column-general", "parts[part] - grad_ce, parts[part])", "parts[part], parts[part])"),
     ),

@@ -28,6 +28,7 @@ from .patches import PYTHON, Mutant
 from .patches_compiled import COMPILED
 from .patches_cuda import CUDA
 from .patches_evidence import EVIDENCE
+from .patches_extra import EXTRA
 from .patches_harness import HARNESS
 from .patches_integrations import INTEGRATIONS
 from .patches_linear import LINEAR
@@ -35,7 +36,7 @@ from .patches_sparsity import SPARSE
 from .patches_triton import TRITON
 
 # Mutants that need no compiler come first, so that none of them runs with the extension of another mutant.
-_ALL = [*PYTHON, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
+_ALL = [*PYTHON, *EXTRA, *LINEAR, *INTEGRATIONS, *HARNESS, *EVIDENCE, *TRITON, *SPARSE, *CUDA, *COMPILED]
 MUTANTS = sorted(_ALL, key=lambda mutant: mutant.needs_build)
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "caref_kernels", "csrc", "examples", "tests", "tools")
