@@ -24,6 +24,7 @@ CHOSEN = [
     *(aot.Kernel(kernel, "bfloat16", (2, 1), 90, aligned=False) for kernel in ("row", "gradient")),
     *(aot.Kernel(kernel, "float16", (4, 2), 90, targets="valid_mask") for kernel in ("row", "gradient")),
     *(aot.Kernel(kernel, "float64", None, 90, targets="none") for kernel in ("row", "gradient")),
+    *(aot.Kernel(kernel, "bfloat16", (2, 1), 90, smoothed=True) for kernel in ("row", "gradient")),
     aot.Kernel("partial", "bfloat16", (2, 1), 90),
     aot.Kernel("combine", "bfloat16", (2, 1), 90),
 ]

@@ -15,6 +15,7 @@ from cuda_device import device_of, missing
 from caref_kernels import backends, caref_loss
 from caref_kernels.backends import triton as package
 from caref_kernels.backends.triton import tiling
+from caref_kernels.config import RowSpec
 from caref_kernels.testing import check_evaluation, check_identity, evaluate, make_case, oracle
 
 H200 = tiling.Device(multiprocessors=132, warp_size=32)
@@ -98,10 +99,18 @@ def test_shared_rows_triton(dtype, alpha, beta):
         logits, labels = logits.cuda(), labels.cuda()
     actual = evaluate(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta, backend="triton")
     check_evaluation(actual, oracle(logits, labels, ("loss", "sced"), alpha=alpha, beta=beta))
-    _, stats = torch.ops.caref_kernels.forward(logits, labels, alpha, beta, columns, -100, True, 0.0, 0, 0, "triton")
+    _, stats = torch.ops.caref_kernels.forward(logits, labels, *RowSpec(alpha, beta, columns, -100, True), "triton")
     assert stats[:, 1].tolist() == [
         0.0 if row == -100 else float(z.argmax()) for row, z in zip(labels, logits, strict=True)
     ]
+    # The splits add their sums of logits.
+    logits = logits.nan_to_num(neginf=-9.0)
+    smoothed = caref_loss(
+        logits, labels, label_smoothing=0.5, alpha=alpha, beta=beta, backend="triton", return_terms=True
+    )
+    valid = labels != -100
+    expected = -logits[valid].double().log_softmax(-1).mean()
+    check_identity(smoothed.uniform_ce, expected, "float32_terms")
 
 
 @needs_kernels

@@ -40,11 +40,15 @@ class Kernel(NamedTuple):
     aligned: bool = True  # to 16 bytes
     targets: str = "labels"
     masked: bool = False  # the gradient under a top-k mask; "topk" always is
+    smoothed: bool = False  # with label smoothing and a z-loss
 
     def __str__(self) -> str:
         exponents = "no SCED" if self.exponents is None else "{:g},{:g}".format(*self.exponents)
-        masked, layout = " masked" if self.masked else "", "aligned16" if self.aligned else "unaligned"
-        return f"{self.name}{masked} {self.dtype} ({exponents}) {layout} {self.targets} sm_{self.architecture}"
+        masked, smoothed = " masked" if self.masked else "", " smoothed" if self.smoothed else ""
+        layout = "aligned16" if self.aligned else "unaligned"
+        return (
+            f"{self.name}{masked}{smoothed} {self.dtype} ({exponents}) {layout} {self.targets} sm_{self.architecture}"
+        )
 
 
 class Result(NamedTuple):
@@ -68,6 +72,7 @@ def kernels(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Kernel]:
                 yield Kernel(name, dtype, DEFAULT, architecture, aligned=False)
                 yield Kernel(name, dtype, DEFAULT, architecture, targets="valid_mask")
                 yield Kernel(name, dtype, DEFAULT, architecture, targets="none")
+                yield Kernel(name, dtype, DEFAULT, architecture, smoothed=True)
             for exponents in (DEFAULT, (1.5, 0.5)):
                 yield Kernel("partial", dtype, exponents, architecture)
                 yield Kernel("combine", dtype, exponents, architecture)
@@ -171,7 +176,10 @@ def _storage(kernel: Kernel) -> tiling.Storage:
 def variant(kernel: Kernel) -> tiling.Variant:
     """The compile-time choices of ``kernel``."""
     alpha, beta = kernel.exponents or (1, 0)
-    return tiling.variant(alpha, beta, kernel.exponents is not None, kernel.targets, kernel.masked)
+    made = tiling.variant(alpha, beta, kernel.exponents is not None, kernel.targets, kernel.masked)
+    if not kernel.smoothed:
+        return made
+    return made._replace(column_grads=True) if kernel.name == "gradient" else made._replace(terms=4)
 
 
 def _source(kernel: Kernel):

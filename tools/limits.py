@@ -28,6 +28,8 @@ _ONE_LOAD_MORE = 3.5
 _FLOAT16_LIST_MORE = 4.5
 # The gradient with a top-k mask: two comparisons, two selects and a product, and moves of some columns.
 _TOPK_MORE = 6.5
+# A z-loss and label smoothing: the gradient adds a constant, the forward a difference to a sum.
+_SMOOTHED_MORE = 2.0
 # float64: about 40 instructions per loop for the exponential, and moves of register pairs elsewhere.
 _FLOAT64_FACTOR, _FLOAT64_MORE = 1.5, 42.0
 # With 168 registers a multiprocessor holds 12 warps, the fewest that hide the latency of memory.  float64 is exempt.
@@ -55,6 +57,8 @@ def instruction_limit(kernel: str, dtype: str, variant: Variant, aligned16: bool
         limit += _UNALIGNED_MORE[kernel]
     if variant.topk:
         limit += _TOPK_MORE
+    if variant.column_grads or variant.terms > 3:
+        limit += _SMOOTHED_MORE
     return limit * _FLOAT64_FACTOR + loops * _FLOAT64_MORE if dtype == "float64" else limit
 
 

@@ -61,14 +61,16 @@ class TritonBackend:
     def forward(self, logits: Tensor, targets: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(logits.dtype)
         rows = logits.numel() // logits.size(-1)
-        terms = torch.empty((rows, len(TERMS)), dtype=dtype, device=logits.device)
+        terms = torch.empty((rows, len(TERMS) + bool(spec.smoothed)), dtype=dtype, device=logits.device)
         stats = torch.empty((rows, len(statistics_of(spec))), dtype=dtype, device=logits.device)
         if rows:
             config = tiling.forward_config(rows, logits.size(-1), _storage(logits), _device(logits.device))
+            call = _Call(logits, targets, spec)
+            call.variant = call.variant._replace(terms=terms.size(1))
             with _guard(logits):
-                _launch_forward(_Call(logits, targets, spec), terms, stats, config)
+                _launch_forward(call, terms, stats, config)
                 if spec.is_masked:
-                    _launch_selection(_Call(logits, targets, spec), terms, stats, spec)
+                    _launch_selection(call, terms, stats, spec)
         return terms, stats
 
     def gradient(
@@ -121,7 +123,7 @@ def _launch_forward(call: _Call, terms: Tensor, stats: Tensor, config: tiling.La
         )  # fmt: skip
         return
     dtype = forward.ELEMENT[terms.dtype]
-    width = forward.PARTIAL_HEAD.value + 2 + variant.moments
+    width = forward.PARTIAL_HEAD.value + 2 + variant.moments + (variant.terms - len(TERMS))
     partials = torch.empty((count, splits, width), dtype=torch.float64, device=terms.device)
     sced_partials = torch.empty((count, splits, 2), dtype=torch.float64, device=terms.device)
     forward.partial_kernel[(count * splits,)](

@@ -21,7 +21,7 @@ from . import row_math, rows
 INTEGERS = ["columns", "inner_rows", "outer_stride", "inner_stride", "vocab_size", "ignore_index", "splits"]
 # The dtype of the arithmetic, as Triton calls it.
 ELEMENT = {torch.float32: tl.float32, torch.float64: tl.float64}
-# A partial result consists of the maximum, the arg-max column, and the sums.
+# A partial result consists of the maximum, the arg-max column, the sums, and the sum of the logits if it is wanted.
 PARTIAL_HEAD = tl.constexpr(2)
 NUM_TERMS = tl.constexpr(3)
 
@@ -38,7 +38,10 @@ def load_tile(base, start, columns, dtype: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def sum_tiles(base, columns, first, last, dtype: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr):
-    """(maximum, the first column that holds it, sums without that column) of tiles [first, last)."""
+    """(maximum, the first column that holds it, sums without that column, sum of the logits) of tiles [first, last).
+
+    The last is a float64, 0 without label smoothing.
+    """
     LOWEST: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
     THREADS: tl.constexpr = TILE.threads
     LANES: tl.constexpr = TILE.lanes
@@ -50,11 +53,18 @@ def sum_tiles(base, columns, first, last, dtype: tl.constexpr, VARIANT: tl.const
     maximum = tl.full([], float("-inf"), dtype)
     reference = tl.full([], LOWEST, dtype)  # finite even without a maximum, because -inf - -inf would be NaN
     argmax = tl.full([], 0, tl.int32)
+    total64 = tl.zeros([THREADS], tl.float64)
+    if VARIANT.terms > NUM_TERMS:  # relative to a number of the row, which keeps its digits far from 0
+        pivot = tl.load(base).to(dtype)
+        pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     for group in range(first, last, TILE.flush_every):
         sums = row_math.zero_sums(empty, VARIANT)
+        total = empty
         for tile in range(group, tl.minimum(group + TILE.flush_every, last)):
             start = tile * TILE.columns
             parts = load_tile(base, start, columns, dtype, TILE)
+            if VARIANT.terms > NUM_TERMS:
+                total += sum_shifts(parts, start, columns, pivot, TILE)
             top = rows.tile_maximum(parts)
             if top > maximum:
                 argmax = rows.find_first(parts, top, start, TILE)
@@ -70,7 +80,38 @@ def sum_tiles(base, columns, first, last, dtype: tl.constexpr, VARIANT: tl.const
                 for index in tl.static_range(TILE.width // TILE.lanes):
                     sums = row_math.add_columns(sums, row_math.clamp_shift(groups[index] - reference), VARIANT)
         sums64 = flush_to_float64(sums64, sums)
-    return maximum, argmax, sums64
+        if VARIANT.terms > NUM_TERMS:
+            total64 += tl.sum(total.to(tl.float64), axis=1)
+    total = tl.sum(total64)
+    if VARIANT.terms > NUM_TERMS:
+        count = tl.minimum(last * TILE.columns, columns) - tl.minimum(first * TILE.columns, columns)
+        total += count.to(tl.float64) * pivot.to(tl.float64)
+    return maximum, argmax, sums64, total
+
+
+@triton.jit
+def sum_shifts(parts, start, columns, pivot, TILE: tl.constexpr):
+    """The sum of z - pivot over the columns of a tile, (threads, lanes); what is past the end of the row adds 0.
+
+    Two arrays of a whole tile are added before the pivot is taken away, in three operations for two columns.
+    """
+    THREADS: tl.constexpr = TILE.threads
+    LANES: tl.constexpr = TILE.lanes
+    PAIR: tl.constexpr = 2 - len(parts) % 2
+    total = tl.zeros([THREADS, LANES], pivot.dtype)
+    for part in tl.static_range(0, len(parts), PAIR):
+        if start + TILE.columns <= columns:
+            shifts = parts[part] - PAIR * pivot
+            if PAIR == 2:
+                shifts += parts[part + 1]
+        else:
+            shifts = tl.zeros(parts[part].shape, pivot.dtype)
+            for one in tl.static_range(part, part + PAIR):
+                shifts += tl.where(rows.columns_of(start, one, TILE) < columns, parts[one] - pivot, 0.0)
+        groups = rows.lane_groups(shifts, TILE.width, TILE)
+        for index in tl.static_range(TILE.width // TILE.lanes):
+            total += groups[index]
+    return total
 
 
 @triton.jit
@@ -137,8 +178,8 @@ def row_constants(residual, vocab_size, dtype: tl.constexpr):
 @triton.jit
 def write_row(terms, stats, row, term_values, stat_values, VARIANT: tl.constexpr):
     """Write the terms and statistics of a row; select.py writes the additional statistics of a top-k mask."""
-    for index in tl.static_range(NUM_TERMS):
-        tl.store(terms + row * NUM_TERMS + index, term_values[index].to(terms.dtype.element_ty))
+    for index in tl.static_range(VARIANT.terms):
+        tl.store(terms + row * VARIANT.terms + index, term_values[index].to(terms.dtype.element_ty))
     for index in tl.static_range(len(stat_values)):
         tl.store(stats + row * VARIANT.statistics + index, stat_values[index].to(stats.dtype.element_ty))
 
@@ -147,14 +188,14 @@ def write_row(terms, stats, row, term_values, stat_values, VARIANT: tl.constexpr
 def write_empty(terms, stats, row, is_valid, VARIANT: tl.constexpr):
     """Write 0 for a row that is not valid, or NaN for one whose label is out of range, without reading its logits."""
     value = tl.where(is_valid, float("nan"), 0.0)
-    write_row(terms, stats, row, (value, value, value), (value, value, value, value, value), VARIANT)
+    write_row(terms, stats, row, (value, value, value, value), (value, value, value, value, value), VARIANT)
 
 
 @triton.jit
-def write_result(terms, stats, row, seen, label_logit, sced_sums, vocab_size, VARIANT: tl.constexpr):
-    """Write the results of a row from ``seen``, (maximum, arg-max column, sums), and the sums of a second pass."""
+def write_result(terms, stats, row, seen, label_logit, sced_sums, vocab_size, columns, VARIANT: tl.constexpr):
+    """Write the results of a row from ``seen``, which is that of sum_tiles, and the sums of a second pass."""
     dtype: tl.constexpr = terms.dtype.element_ty
-    maximum, argmax, sums = seen
+    maximum, argmax, sums, total = seen
     residual = sums[0]
     highest = maximum.to(tl.float64)
     poisoned = (residual != residual) | (tl.abs(highest) == float("inf"))
@@ -188,11 +229,14 @@ def write_result(terms, stats, row, seen, label_logit, sced_sums, vocab_size, VA
     if VARIANT.with_sced:
         sced = tl.where(poisoned, nan, sced)
     kl = tl.where(poisoned, nan, mean_shift - c)
+    mean_of_shifts = tl.where(poisoned, nan, total / columns.to(tl.float64) - highest)
     column = argmax.to(tl.float64)
     residual = tl.where(poisoned, nan, residual)
     mean_shift = tl.where(poisoned, nan, mean_shift)
     slope_sum = tl.where(poisoned, nan, slope_sum)
-    write_row(terms, stats, row, (ce, sced, kl), (highest, column, residual, mean_shift, slope_sum), VARIANT)
+    write_row(
+        terms, stats, row, (ce, sced, kl, mean_of_shifts), (highest, column, residual, mean_shift, slope_sum), VARIANT
+    )
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -207,7 +251,7 @@ def row_kernel(
     if is_valid & in_range:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
         last = tl.cdiv(columns, TILE.columns)
-        maximum, argmax, sums = sum_tiles(base, columns, 0, last, dtype, VARIANT, TILE)
+        maximum, argmax, sums, total = sum_tiles(base, columns, 0, last, dtype, VARIANT, TILE)
         totals = add_threads(sums)
         vocabulary = vocab_size.to(tl.float64)
         sced_sums = (totals[0], totals[0])
@@ -218,7 +262,8 @@ def row_kernel(
         label_logit = maximum
         if VARIANT.targets == "labels":
             label_logit = tl.load(base + label).to(dtype)
-        write_result(terms, stats, row, (maximum, argmax, totals), label_logit, sced_sums, vocabulary, VARIANT)
+        seen = (maximum, argmax, totals, total)
+        write_result(terms, stats, row, seen, label_logit, sced_sums, vocabulary, columns, VARIANT)
     else:
         write_empty(terms, stats, row, is_valid, VARIANT)
 
@@ -233,8 +278,8 @@ def tiles_of_split(split, splits, last):
 
 @triton.jit
 def combine_partials(partials, row, splits, VARIANT: tl.constexpr, MAX_SPLITS: tl.constexpr, dtype: tl.constexpr):
-    """(maximum, arg-max column, sums) of a row from those of its splits, added in a fixed order."""
-    WIDTH: tl.constexpr = PARTIAL_HEAD + 2 + VARIANT.moments
+    """The results of sum_tiles of a row from those of its splits, added in a fixed order."""
+    WIDTH: tl.constexpr = PARTIAL_HEAD + 2 + VARIANT.moments + VARIANT.terms - NUM_TERMS
     split = tl.arange(0, MAX_SPLITS)
     valid = split < splits
     base = partials + row * splits * WIDTH + split * WIDTH
@@ -250,7 +295,10 @@ def combine_partials(partials, row, splits, VARIANT: tl.constexpr, MAX_SPLITS: t
     argmax = tl.sum(tl.where(split == winner, columns, 0.0))
     readmitted = tl.where((maxima > float("-inf")) & (split != winner), 1.0, 0.0).to(tl.float64)
     shifted = row_math.shift_sums(row_math.add_top(sums, readmitted, VARIANT), row_math.rise(maxima, maximum), VARIANT)
-    return maximum.to(dtype), argmax.to(tl.int32), add_threads(shifted)
+    total = tl.sum(maxima * 0)
+    if VARIANT.terms > NUM_TERMS:
+        total = tl.sum(tl.load(base + WIDTH - 1, mask=valid, other=0.0))
+    return maximum.to(dtype), argmax.to(tl.int32), add_threads(shifted), total
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -259,19 +307,21 @@ def partial_kernel(
     dtype: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The first pass over the columns of a split, with one program per split of each row."""
-    WIDTH: tl.constexpr = PARTIAL_HEAD + 2 + VARIANT.moments
+    WIDTH: tl.constexpr = PARTIAL_HEAD + 2 + VARIANT.moments + VARIANT.terms - NUM_TERMS
     row, split = rows.row_of_program(splits)
     is_valid, in_range, label = rows.target_of(targets, row, columns, ignore_index, VARIANT)
     if is_valid & in_range:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
         first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns))
-        maximum, argmax, sums = sum_tiles(base, columns, first, last, dtype, VARIANT, TILE)
+        maximum, argmax, sums, total = sum_tiles(base, columns, first, last, dtype, VARIANT, TILE)
         totals = add_threads(sums)
         out = partials + (row * splits + split) * WIDTH
         tl.store(out, maximum.to(tl.float64))
         tl.store(out + 1, argmax.to(tl.float64))
         for index in tl.static_range(2 + VARIANT.moments):
             tl.store(out + PARTIAL_HEAD + index, totals[index])
+        if VARIANT.terms > NUM_TERMS:
+            tl.store(out + WIDTH - 1, total)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -285,7 +335,7 @@ def second_kernel(
     if is_valid & in_range:
         base = logits + rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
         first, last = tiles_of_split(split, splits, tl.cdiv(columns, TILE.columns))
-        maximum, argmax, sums = combine_partials(partials, row, splits, VARIANT, MAX_SPLITS, dtype)
+        maximum, argmax, sums, _ = combine_partials(partials, row, splits, VARIANT, MAX_SPLITS, dtype)
         d, c = row_constants(sums[0], vocab_size.to(tl.float64), dtype)
         constants = (maximum, (1.0 / d).to(dtype), c.to(dtype))
         density, slope = sum_sced(base, (columns, first, last), argmax, constants, dtype, VARIANT, TILE)
@@ -304,7 +354,8 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     is_valid, in_range, label = rows.target_of(targets, row, columns, ignore_index, VARIANT)
     if is_valid & in_range:
-        maximum, argmax, sums = combine_partials(partials, row, splits, VARIANT, MAX_SPLITS, dtype)
+        seen = combine_partials(partials, row, splits, VARIANT, MAX_SPLITS, dtype)
+        maximum, argmax, sums, total = seen
         sced_sums = (sums[0], sums[0])
         if VARIANT.second_pass:
             split = tl.arange(0, MAX_SPLITS)
@@ -317,6 +368,6 @@ def combine_kernel(
             start = rows.row_start(row, inner_rows, outer_stride, inner_stride, TILE)
             label_logit = tl.load(logits + (start + label)).to(dtype)
         vocabulary = vocab_size.to(tl.float64)
-        write_result(terms, stats, row, (maximum, argmax, sums), label_logit, sced_sums, vocabulary, VARIANT)
+        write_result(terms, stats, row, seen, label_logit, sced_sums, vocabulary, columns, VARIANT)
     else:
         write_empty(terms, stats, row, is_valid, VARIANT)

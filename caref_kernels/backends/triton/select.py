@@ -270,7 +270,7 @@ def write_topk(terms, stats, row, sced, values, VARIANT: tl.constexpr):
     place = stats + row * VARIANT.statistics
     dtype: tl.constexpr = stats.dtype.element_ty
     slope_sum, k, tie_weight = values
-    tl.store(terms + row * forward.NUM_TERMS + SCED, sced.to(dtype))
+    tl.store(terms + row * VARIANT.terms + SCED, sced.to(dtype))
     tl.store(place + SLOPE_SUM, slope_sum.to(dtype))
     tl.store(place + NUM_KEPT, k.to(dtype))
     tl.store(place + TIE_WEIGHT, tie_weight.to(dtype))

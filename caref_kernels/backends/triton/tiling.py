@@ -200,12 +200,13 @@ class Variant(NamedTuple):
     targets: str  # "labels", "valid_mask" or "none"
     topk: bool = False  # SCED has a top-k mask: the forward leaves SCED to the selection
     statistics: int = 5  # columns of the row statistics
+    terms: int = 3  # columns of the terms; a fourth is the mean of all shifts, for label smoothing
     column_grads: bool = False  # of a gradient alone: it has the last two columns of objective.column_grads
 
     @property
     def before_selection(self) -> Variant:
         """The variant of the forward of a row with a top-k mask: everything but SCED."""
-        return variant(1, 0, False, self.targets)._replace(statistics=self.statistics)
+        return variant(1, 0, False, self.targets)._replace(statistics=self.statistics, terms=self.terms)
 
 
 def variant(alpha: float, beta: float, with_sced: bool, targets: str, topk: bool = False) -> Variant:
