@@ -212,7 +212,6 @@ def fused_sced(
         alpha=alpha,
         beta=beta,
         lambda_sced=1.0,
-        lambda_kl=0.0,
         sparsity=sparsity,
         reduction=reduction,
         vocab_size=vocab_size,

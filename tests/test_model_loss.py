@@ -111,6 +111,21 @@ def test_outputs_as_a_tuple_and_positional_inputs_are_supported(kind, fuse_head)
     assert torch.equal(model(inputs["input_ids"], **rest, labels=labels).loss, outputs.loss)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_gets_the_loss(wrap):
+    model = tiny_heads.make("llama")
+    wrapped = wrap(model)
+    assert apply_caref(wrapped, backend=BACKEND) is wrapped
+    inputs, labels = tiny_heads.batch(model)
+    check_identity(
+        model(**inputs, labels=labels).loss.detach(),
+        caref_loss(*rows_of(model, inputs, labels), backend=BACKEND).detach(),
+        "float32_terms",
+    )
+    assert remove_caref(wrapped) is wrapped
+    assert not hasattr(model, "_caref")
+
+
 @FORMS
 @KINDS
 def test_forward_may_be_called_directly(kind, fuse_head):

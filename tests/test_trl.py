@@ -168,6 +168,18 @@ def test_the_loss_and_the_gradient_are_carefs(fuse_head, tmp_path):
         assert set(TERMS) < set(record)
 
 
+def test_the_router_loss_is_averaged_over_processes(tmp_path, monkeypatch):
+    """Two processes that hold the same batch report what each of them would report alone."""
+    losses = []
+    for processes in (1, 2):
+        trainer = make_trainer(CarefSFTTrainer, tmp_path, "mixtral", config={"router_aux_loss_coef": 0.25}, caref=PLAIN)
+        monkeypatch.setattr(trainer.accelerator, "reduce", lambda value, _, count=processes: count * value)
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        losses += trainer._metrics["train"]["aux_loss"]
+    assert losses[0] == losses[1] > 0
+
+
 def test_a_plain_trainer_of_trl_is_refused(tmp_path):
     trainer = make_trainer(trl.SFTTrainer, tmp_path)
     with pytest.raises(ValueError, match=r"SFTTrainer does not ask the model for its loss: use .*CarefSFTTrainer"):
