@@ -120,7 +120,8 @@ def caref_loss(
         inplace_backward: write the gradient into the memory of ``logits`` (an intermediate result that nothing else
             needs).  Their version counter is raised, so that a later use of their value is an autograd error.  Hooks
             under which another operator saved ``logits`` cannot be seen here and must have copied them.
-        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, num_kept, lse).
+        return_terms: return :class:`CarefOutput` (loss, ce, sced, kl, entropy, accuracy, num_kept, lse, z_loss,
+            uniform_ce).
         shard: where the columns of this rank lie, if several ranks share the vocabulary: a
             :class:`caref_kernels.VocabShard`, or the process group of ranks that hold the columns in their order.  A
             group takes one small exchange of sizes per call; it is an error if every rank then holds the same columns
