@@ -202,7 +202,7 @@ def step(logits: Tensor, weight: Tensor, labels: Tensor, verbose: bool) -> Tenso
 """
 # Lines that a type checker must refuse, each with a part of what mypy says.
 MISTAKES = {
-    "CarefLoss(alhpa=2.0)": 'did you mean "alpha"',
+    "CarefLoss(lamda_z=2.0)": 'did you mean "lambda_z"',
     "LinearCarefLoss(chunk_row=64)": 'did you mean "chunk_rows"',
     "SCEDLoss(lambda_kl=0.1)": "Unexpected keyword argument",
     "caref_loss(torch.ones(2, 3), torch.ones(2), lamda_kl=1.0)": 'did you mean "lambda_kl"',

@@ -22,7 +22,7 @@ SPARSE = [
         "k off by one; ties broken another way; k from NaN",
         SPARSITY,
         "sparsity",
-        "reference and (topk or one_token or heavy_ties or fewer_finite_logits or num_kept or budgets)",
+        "entropy_to_num_kept or reference and (topk or one_token or heavy_ties or fewer_finite_logits or budgets)",
         ("k-off-by-one", "values.gather(-1, num_kept - 1)", "values.gather(-1, (num_kept - 2).clamp_min(0))"),
         ("ties-count-whole", "torch.where(equal, tie_weight, above", "torch.where(equal, 1.0, above"),
         ("ties-count-nothing", "torch.where(equal, tie_weight, above", "torch.where(equal, 0.0, above"),

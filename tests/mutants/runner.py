@@ -157,9 +157,9 @@ class Trial:
         if mutant.is_compiled and ": error: " in output:  # the emulation of CUDA is compiled by its tests
             return "unfair", "does not compile: " + next(line for line in output.splitlines() if ": error: " in line)
         if code == 1:
-            failed = [
-                line.removeprefix("FAILED ").split(" - ")[0] for line in output.splitlines() if "FAILED tests" in line
-            ]
+            # Only the summary's own lines: a failed test may quote those of a run that it has started.
+            lines = (line for line in output.splitlines() if line.startswith("FAILED tests"))
+            failed = [line.removeprefix("FAILED ").split(" - ")[0] for line in lines]
             if not failed:
                 return "unfair", "pytest reports an error, not a failure: " + output.strip().splitlines()[-1]
             arguments, detail = failed[:1], failed[0]
