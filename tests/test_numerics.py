@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from caref_kernels import caref_loss, fused_sced
+from caref_kernels import caref_loss, fused_sced, ops
+from caref_kernels.config import RowSpec
 from caref_kernels.testing import (
     GRADIENT_PARTS,
     REGIMES,
@@ -176,6 +177,17 @@ def test_poisoned_row_is_nan_alone(backend, dtype, poison):
     for part, gradient in after.gradients.items():
         assert torch.isnan(gradient[1]).all(), part
         assert torch.equal(gradient[[0, 2]], before.gradients[part][[0, 2]]), part
+
+
+@pytest.mark.parametrize("columns", [259, 5003])
+def test_terms_that_are_not_asked_for_are_0_in_a_poisoned_row(backend, columns):
+    logits = make_case("normal_1", 2, columns, seed=4).logits
+    logits[1, 7] = math.nan
+    valid = torch.tensor([True, True])
+    for targets, with_sced, zeros in ((valid, True, [0]), (None, True, [0]), (torch.tensor([3, 4]), False, [1])):
+        terms, _ = ops.forward(logits, targets, RowSpec(2.0, 1.0, columns, -100, with_sced), backend)
+        assert torch.isnan(terms[1]).nonzero().flatten().tolist() == [i for i in range(3) if i not in zeros]
+        assert torch.count_nonzero(terms[:, zeros]) == 0
 
 
 @pytest.mark.parametrize(

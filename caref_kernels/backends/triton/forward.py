@@ -202,11 +202,12 @@ def write_result(terms, stats, row, seen, label_logit, sced_sums, vocab_size, co
     d = 1.0 + residual
     c = row_math.log_ratio_offset(residual, vocab_size)
     mean_shift = sums[1] / d
-    ce = c * 0
+    zero = tl.zeros([], tl.float64)  # not a product with 0, which a NaN would pass: this term may not be asked for
+    ce = zero
     if VARIANT.targets == "labels":
         ce = row_math.log1p(residual) - (label_logit.to(tl.float64) - highest)
-    sced = c * 0
-    slope_sum = c * 0
+    sced = zero
+    slope_sum = zero
     if VARIANT.with_sced:
         if VARIANT.one_pass:
             stored_d, stored_c = row_constants(residual, vocab_size, dtype)
