@@ -47,7 +47,8 @@ def _call(logits, targets=None, **options):
     """Launch the forward and the backward; nothing is computed, because the driver only records launches."""
     spec = CarefConfig(**options).row_spec(logits.size(-1))._replace(vocab_size=logits.size(-1))
     terms, stats = BACKEND.forward(logits, targets, spec)
-    BACKEND.gradient(torch.ones_like(terms), logits, targets, stats, spec, torch.empty_like(logits))
+    grad_terms = torch.ones(len(stats), 5 if spec.is_extended else 3, dtype=stats.dtype)
+    BACKEND.gradient(grad_terms, logits, targets, stats, spec, torch.empty_like(logits))
 
 
 def _labels(rows):
@@ -64,6 +65,9 @@ def _labels(rows):
         (8, 1000, torch.float64, {"alpha": 3.0, "ignore_index": 2**40}, ROW),
         (8, 1000, torch.bfloat16, {"sparsity": TopK(1)}, [*ROW, "topk_kernel"]),
         (8, 32128, torch.float32, {"sparsity": EntropyTopK()}, [*SPLIT, "topk_kernel"]),
+        (8, 1000, torch.float64, {"label_smoothing": 0.1}, ROW),
+        (8, 32128, torch.bfloat16, {"label_smoothing": 0.1, "sparsity": TopK(1)}, [*SPLIT, "topk_kernel"]),
+        (8, 1000, torch.float32, {"lambda_z": 0.1, "lambda_sced": 0.0}, ROW),
     ],
 )  # fmt: skip
 def test_every_kernel_compiles_as_it_is_called(launches, rows, columns, dtype, options, kernels):

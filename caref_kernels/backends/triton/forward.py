@@ -178,8 +178,9 @@ def row_constants(residual, vocab_size, dtype: tl.constexpr):
 @triton.jit
 def write_row(terms, stats, row, term_values, stat_values, VARIANT: tl.constexpr):
     """Write the terms and statistics of a row; select.py writes the additional statistics of a top-k mask."""
-    for index in tl.static_range(VARIANT.terms):
-        tl.store(terms + row * VARIANT.terms + index, term_values[index].to(terms.dtype.element_ty))
+    TERMS: tl.constexpr = VARIANT.terms
+    for index in tl.static_range(TERMS):
+        tl.store(terms + row * TERMS + index, term_values[index].to(terms.dtype.element_ty))
     for index in tl.static_range(len(stat_values)):
         tl.store(stats + row * VARIANT.statistics + index, stat_values[index].to(stats.dtype.element_ty))
 
