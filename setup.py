@@ -28,7 +28,7 @@ BASE_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 )
 # -O1: at -O3 the checks of every template take minutes to compile, and find nothing more.
-SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined -g"
+SANITIZE_FLAGS = "-O1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined -g1"
 PLAIN_SOURCES = ("bindings.cpp", "cpu/launch.cpp")
 KERNEL_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp", "cpu/select.cpp")
 # Instruction set as a C++ namespace -> compiler flags.
