@@ -57,6 +57,7 @@ from .sparsity import TopKMask, row_num_kept, top_k_mask
 # Columns of the per-row terms and statistics that every backend returns.
 TERMS = ("ce", "sced", "kl")
 STATISTICS = ("maximum", "argmax", "residual", "mean_shift", "slope_sum")
+MAXIMUM, RESIDUAL = STATISTICS.index("maximum"), STATISTICS.index("residual")
 TOP_K_STATISTICS = ("num_kept", "threshold", "tie_weight")  # further columns of rows with a top-k mask
 EXTRA_TERMS = ("z_loss", "uniform_ce")  # further columns of the terms with a z-loss or label smoothing
 

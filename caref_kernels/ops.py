@@ -20,7 +20,17 @@ from torch import Tensor
 from . import backends
 from .checks import valid_labels
 from .config import RowSpec
-from .objective import TERMS, accumulation_dtype, column_grads, extra_terms, per_item, statistics_of, terms_of
+from .objective import (
+    MAXIMUM,
+    RESIDUAL,
+    TERMS,
+    accumulation_dtype,
+    column_grads,
+    extra_terms,
+    per_item,
+    statistics_of,
+    terms_of,
+)
 
 NAMESPACE = "caref_kernels"
 SPEC_SCHEMA = (
@@ -71,7 +81,7 @@ def forward_of(backend: str, logits: Tensor, targets: Tensor | None, spec: RowSp
     terms, stats = backends.get(backend).forward(logits, targets, spec)
     if not spec.is_extended:
         return terms, stats
-    maximum, residual = stats[:, 0].double(), stats[:, 2].double()
+    maximum, residual = stats[:, MAXIMUM].double(), stats[:, RESIDUAL].double()
     if not spec.smoothed:
         mean_of_shifts = torch.zeros_like(maximum)
     elif terms.size(1) > len(TERMS):
@@ -96,7 +106,7 @@ def gradient_into(
 ) -> None:
     """The gradient of sum(grad_terms * terms), written by a backend."""
     if spec.is_extended:
-        grad_terms = column_grads(grad_terms, stats[:, 0], stats[:, 2], spec)
+        grad_terms = column_grads(grad_terms, stats[:, MAXIMUM], stats[:, RESIDUAL], spec)
     backends.get(backend).gradient(grad_terms, logits, targets, stats, spec, out)
 
 

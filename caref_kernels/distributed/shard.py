@@ -225,7 +225,7 @@ class ShardedRows(NamedTuple):
         """The gradient of sum(grad_terms * terms) in these columns, in the memory of the logits if ``inplace``."""
         labels = self.local_labels(logits, targets)
         if self.spec.is_extended:
-            grad_terms = column_grads(grad_terms, stats[:, 0], stats[:, 2], self.spec)
+            grad_terms = column_grads(grad_terms, stats[:, objective.MAXIMUM], stats[:, objective.RESIDUAL], self.spec)
         out = logits.detach() if inplace else torch.empty_like(logits)
         if logits.numel() == 0:
             return out
