@@ -17,20 +17,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, objective
 from .checks import valid_labels
 from .config import RowSpec
-from .objective import (
-    MAXIMUM,
-    RESIDUAL,
-    TERMS,
-    accumulation_dtype,
-    column_grads,
-    extra_terms,
-    per_item,
-    statistics_of,
-    terms_of,
-)
+from .objective import MAXIMUM, RESIDUAL, TERMS, accumulation_dtype, per_item, statistics_of, terms_of
 
 NAMESPACE = "caref_kernels"
 SPEC_SCHEMA = (
@@ -88,7 +78,7 @@ def forward_of(backend: str, logits: Tensor, targets: Tensor | None, spec: RowSp
         terms, mean_of_shifts = terms[:, :-1], terms[:, -1].double()
     else:
         mean_of_shifts = logits.sum(-1, dtype=torch.float64).reshape(-1) / spec.smoothed - maximum
-    z_loss, uniform_ce = extra_terms(maximum, residual, mean_of_shifts)
+    z_loss, uniform_ce = objective.extra_terms(maximum, residual, mean_of_shifts)
     if targets is not None:  # rows that are not valid may hold anything
         valid = targets if targets.dtype == torch.bool else valid_labels(targets, spec.ignore_index)
         uniform_ce = torch.where(valid, uniform_ce, 0.0)
@@ -106,7 +96,7 @@ def gradient_into(
 ) -> None:
     """The gradient of sum(grad_terms * terms), written by a backend."""
     if spec.is_extended:
-        grad_terms = column_grads(grad_terms, stats[:, MAXIMUM], stats[:, RESIDUAL], spec)
+        grad_terms = objective.column_grads(grad_terms, stats[:, MAXIMUM], stats[:, RESIDUAL], spec)
     backends.get(backend).gradient(grad_terms, logits, targets, stats, spec, out)
 
 
