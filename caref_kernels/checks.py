@@ -106,6 +106,11 @@ def valid_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels.long() if labels.dtype == torch.int32 else labels) != ignore_index
 
 
+def valid_rows(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which rows are valid: a valid mask as it is, or the rows of valid labels."""
+    return targets if targets.dtype == torch.bool else valid_labels(targets, ignore_index)
+
+
 def check_label_range(labels: Tensor, columns: int, ignore_index: int) -> None:
     """Raise IndexError for the first label on the CPU that is neither in [0, columns) nor ``ignore_index``.
 

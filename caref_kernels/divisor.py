@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import describe, valid_labels
+from .checks import describe, valid_rows
 from .config import CarefConfig
 from .distributed import dtensors
 from .objective import accumulation_dtype, per_item
@@ -59,7 +59,7 @@ def _count(logits: Tensor, targets: Tensor | None, config: CarefConfig, dtype: t
     """The number of valid rows."""
     if targets is None:
         return torch.full((), math.prod(logits.shape[:-1]), dtype=dtype, device=logits.device)
-    counts = targets if targets.dtype == torch.bool else valid_labels(targets, config.ignore_index)
+    counts = valid_rows(targets, config.ignore_index)
     return counts.sum().to(dtype)
 
 

@@ -49,21 +49,21 @@ class ConfigKeywords(_LabelKeywords, total=False):
     return_terms: bool
 
 
-class LossKeywords(_LabelKeywords, total=False):
+class _CallKeywords(_LabelKeywords, total=False):
+    num_items: float | Tensor | None
+    token_weights: Tensor | None
+    shard: VocabShard | dist.ProcessGroup | None
+
+
+class LossKeywords(_CallKeywords, total=False):
     """Keywords of ``caref_loss`` besides ``return_terms``, on which the type of its result depends."""
 
-    num_items: float | Tensor | None
-    token_weights: Tensor | None
     inplace_backward: bool
-    shard: VocabShard | dist.ProcessGroup | None
 
 
-class LinearKeywords(_LabelKeywords, total=False):
+class LinearKeywords(_CallKeywords, total=False):
     """Keywords of ``linear_caref_loss`` besides ``return_terms``, on which the type of its result depends."""
 
-    num_items: float | Tensor | None
-    token_weights: Tensor | None
-    shard: VocabShard | dist.ProcessGroup | None
     logit_scale: float
     softcap: float | None
     chunk_rows: int | None

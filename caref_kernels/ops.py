@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, objective
-from .checks import valid_labels
+from .checks import valid_rows
 from .config import RowSpec
 from .objective import MAXIMUM, RESIDUAL, TERMS, accumulation_dtype, per_item, statistics_of, terms_of
 
@@ -80,7 +80,7 @@ def forward_of(backend: str, logits: Tensor, targets: Tensor | None, spec: RowSp
         mean_of_shifts = logits.sum(-1, dtype=torch.float64).reshape(-1) / spec.smoothed - maximum
     z_loss, uniform_ce = objective.extra_terms(maximum, residual, mean_of_shifts)
     if targets is not None:  # rows that are not valid may hold anything
-        valid = targets if targets.dtype == torch.bool else valid_labels(targets, spec.ignore_index)
+        valid = valid_rows(targets, spec.ignore_index)
         uniform_ce = torch.where(valid, uniform_ce, 0.0)
     return torch.cat((terms, torch.stack((z_loss, uniform_ce), -1).to(terms.dtype)), -1), stats
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import subprocess
 import sys
@@ -19,7 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 peft = pytest.importorskip("peft")
 
 import tiny_heads  # noqa: E402 - after the guards above
-from tiny_heads import check_same, gradients_of  # noqa: E402
+from tiny_heads import check_same, gradients_of, rows_of  # noqa: E402
 
 from caref_kernels.integrations.transformers import TERMS, apply_caref, record_terms, remove_caref  # noqa: E402
 
@@ -36,14 +35,6 @@ KINDS = pytest.mark.parametrize("kind", ["llama", "t5"])
 def applied(kind: str, fuse_head: bool, **options):
     model = apply_caref(tiny_heads.make(kind), fuse_head=fuse_head, backend=BACKEND, **options)
     return model, *tiny_heads.batch(model)
-
-
-def rows_of(model, inputs, labels, shifted=None):
-    """Logits and aligned labels of the valid rows."""
-    logits = remove_caref(copy.deepcopy(model))(**inputs).logits
-    if shifted is None:
-        shifted = labels if model.config.is_encoder_decoder else functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    return logits[shifted != -100], shifted[shifted != -100]
 
 
 # ------------------------------------------------------------------------------------------------------- arguments

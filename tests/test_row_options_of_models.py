@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -15,9 +13,10 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 peft = pytest.importorskip("peft")
 
 import tiny_heads  # noqa: E402 - after the guards above
+from tiny_heads import rows_of  # noqa: E402
 from tiny_trainers import make_trainer, records_with  # noqa: E402
 
-from caref_kernels.integrations.transformers import apply_caref, attach_caref, remove_caref  # noqa: E402
+from caref_kernels.integrations.transformers import apply_caref, attach_caref  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.*tied.*:UserWarning"
@@ -32,14 +31,6 @@ def applied(kind: str, fuse_head: bool):
     return model, *tiny_heads.batch(model)
 
 
-def logits_of(model, inputs, labels, shifted=None):
-    """Logits and aligned labels of the valid rows."""
-    logits = remove_caref(copy.deepcopy(model))(**inputs).logits
-    if shifted is None:
-        shifted = labels if model.config.is_encoder_decoder else pad(labels, (0, 1), value=-100)[..., 1:]
-    return logits[shifted != -100], shifted[shifted != -100]
-
-
 @FORMS
 @KINDS
 @pytest.mark.parametrize("number", [None, 7])
@@ -48,7 +39,7 @@ def test_token_weights_of_a_batch(kind, fuse_head, number):
     model, inputs, labels = applied(kind, fuse_head)
     weights = torch.linspace(0.1, 2, labels.numel()).reshape(labels.shape)
     aligned = weights if kind == "t5" else pad(weights, (0, 1))[..., 1:]
-    logits, targets = logits_of(model, inputs, labels)
+    logits, targets = rows_of(model, inputs, labels)
     valid = labels if kind == "t5" else pad(labels, (0, 1), value=-100)[..., 1:]
     expected = caref_loss(
         logits, targets, token_weights=aligned[valid != -100], num_items=number, backend=BACKEND
@@ -64,7 +55,7 @@ def test_token_weights_of_a_batch(kind, fuse_head, number):
 def test_token_weights_of_shift_labels_are_used_as_they_are(fuse_head):
     model, inputs, labels = applied("llama", fuse_head)
     shifted, weights = labels.roll(2, -1), torch.linspace(0.1, 2, labels.numel()).reshape(labels.shape)
-    logits, targets = logits_of(model, inputs, labels, shifted)
+    logits, targets = rows_of(model, inputs, labels, shifted)
     expected = caref_loss(logits, targets, token_weights=weights[shifted != -100], backend=BACKEND).detach()
     loss = model(**inputs, labels=labels, shift_labels=shifted, token_weights=weights).loss
     check_identity(loss.detach(), expected, "float32_terms")
@@ -106,7 +97,7 @@ def test_extra_terms_of_a_model(kind, fuse_head):
     options = {"lambda_z": 1e-3, "label_smoothing": 0.1}
     model = apply_caref(tiny_heads.make(kind), fuse_head=fuse_head, backend=BACKEND, **options)
     inputs, labels = tiny_heads.batch(model)
-    expected = caref_loss(*logits_of(model, inputs, labels), backend=BACKEND, **options)
+    expected = caref_loss(*rows_of(model, inputs, labels), backend=BACKEND, **options)
     check_identity(model(**inputs, labels=labels).loss.detach(), expected.detach(), "float32_terms")
 
 

@@ -181,3 +181,11 @@ def check_same(actual, expected) -> None:
     scale = max(gradient.norm() for gradient in expected[1].values())
     for name, gradient in expected[1].items():
         assert (actual[1][name] - gradient).norm() <= IDENTITIES["float32_gradient"] * scale, name
+
+
+def rows_of(model, inputs, labels, shifted=None):
+    """Logits and aligned labels of the valid rows."""
+    logits = remove_caref(copy.deepcopy(model))(**inputs).logits
+    if shifted is None:
+        shifted = labels if model.config.is_encoder_decoder else functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return logits[shifted != -100], shifted[shifted != -100]
